@@ -1,0 +1,295 @@
+"""Images from bytes to the uint8 tensors a network is fed: header, decode, resize and crop.
+
+Calibration and serving both go through this module, so that a score has one meaning. JPEG is
+decoded by simplejpeg (libjpeg-turbo), everything else by Pillow, whose header parser also
+guards the JPEG path: nothing is decoded before its format and pixel count are accepted.
+
+Errors::
+
+    ImageError
+    ├── UnsupportedImageError   not one of FORMATS
+    ├── ImageTooLargeError      more pixels than the limit
+    └── UndecodableImageError   truncated or corrupt
+"""
+
+import hashlib
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from app.errors import ImageTooLargeError, UndecodableImageError, UnsupportedImageError
+
+# Pillow's own bomb check cannot name the image's size; read_header checks every image instead.
+Image.MAX_IMAGE_PIXELS = None
+
+Pixels = NDArray[np.uint8]
+"""A decoded image: ``[H, W, 3]`` uint8 RGB."""
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+DEFAULT_MAX_PIXELS: Final = 50_000_000
+REFERENCE_JPEG: Final = Path(__file__).with_name("reference.jpg")
+
+# What Pillow and its plugins raise on hostile bytes, beside its documented OSError.
+_DECODE_ERRORS: Final = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image says of itself before it is decoded."""
+
+    format: str
+    width: int
+    height: int
+    mode: str
+    orientation: int
+
+    @property
+    def pixels(self) -> int:
+        """Width times height."""
+        return self.width * self.height
+
+
+def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> ImageHeader:
+    """Format, size and EXIF orientation of an image, read without decoding it.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: largest accepted width times height.
+
+    Raises:
+        UnsupportedImageError: the first bytes are none of ``FORMATS``.
+        ImageTooLargeError: the image has more than ``max_pixels`` pixels.
+        UndecodableImageError: the header is truncated or corrupt.
+    """
+    with _open(data) as image:
+        header = ImageHeader(
+            format=_sniff(data),
+            width=image.width,
+            height=image.height,
+            mode=image.mode,
+            orientation=_orientation(image),
+        )
+    if header.pixels > max_pixels:
+        raise ImageTooLargeError(
+            f"image is {header.width}x{header.height} pixels ({header.pixels / 1e6:.1f} MP); "
+            f"the limit is {max_pixels / 1e6:.1f} MP"
+        )
+    return header
+
+
+def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
+    """The upright RGB pixels of an image: first frame, alpha over white, 8 bits a channel.
+
+    Args:
+        data: the bytes of a JPEG, PNG, WebP, GIF or BMP file.
+        max_pixels: largest accepted width times height, checked before decoding.
+
+    Returns:
+        ``[H, W, 3]`` uint8, rotated as the EXIF orientation says.
+
+    Raises:
+        ImageError: the bytes are not an image that can be scored.
+    """
+    header = read_header(data, max_pixels=max_pixels)
+    if header.format == "JPEG" and header.mode in ("L", "RGB"):
+        pixels = _decode_jpeg(data)
+    else:
+        pixels = _decode_with_pillow(data)
+    return _ORIENTATIONS.get(header.orientation, _as_stored)(pixels)
+
+
+class Preprocessing(BaseModel):
+    """How pixels become the network's input; stored in the bundle and applied by both sides.
+
+    ``resize`` scales the shorter side, ``crop`` then cuts the centre square. Images already of
+    the right size pass untouched.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resize: int = Field(gt=0, description="Length of the shorter side after scaling, in pixels.")
+    crop: int = Field(gt=0, description="Side of the centre crop, in pixels.")
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    antialias: bool = True
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    colour: Literal["rgb"] = "rgb"
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> "Preprocessing":
+        if self.crop > self.resize:
+            raise ValueError(
+                f"crop is {self.crop} pixels; it must be at most resize, {self.resize}"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}; every channel must be above 0")
+        return self
+
+    def resize_and_crop(self, pixels: Pixels) -> Tensor:
+        """The network's field of view as ``[3, crop, crop]`` uint8, on the CPU."""
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        if min(image.shape[1:]) != self.resize:
+            image = transforms.resize(
+                image,
+                [self.resize],
+                interpolation=InterpolationMode(self.interpolation),
+                antialias=self.antialias,
+            )
+        cropped: Tensor = transforms.center_crop(image, [self.crop, self.crop])
+        return cropped.contiguous()
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Network input from uint8 images.
+
+        Args:
+            images: ``[B, 3, H, W]`` uint8, on any device.
+
+        Returns:
+            ``[B, 3, H, W]`` float32 on the same device: scaled to 0..1, minus mean, over std.
+        """
+        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+
+def load(
+    data: bytes, preprocessing: Preprocessing, *, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> Tensor:
+    """Decode, resize and crop in one step: bytes to ``[3, crop, crop]`` uint8.
+
+    Raises:
+        ImageError: the bytes are not an image that can be scored.
+    """
+    return preprocessing.resize_and_crop(decode(data, max_pixels=max_pixels))
+
+
+class Decoder(BaseModel):
+    """The libraries that decode, and what they make of a reference JPEG.
+
+    A threshold is only valid for the pixels it was calibrated on. The hash tells whether this
+    installation decodes to the same pixels, whatever the version numbers say.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    jpeg: str
+    other: str
+    reference_sha256: str
+
+
+@cache
+def installed_decoder() -> Decoder:
+    """The decoder of this installation."""
+    pixels = decode(REFERENCE_JPEG.read_bytes())
+    return Decoder(
+        jpeg=f"simplejpeg {version('simplejpeg')}",
+        other=f"pillow {version('pillow')}",
+        reference_sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
+    )
+
+
+def _sniff(data: bytes) -> str:
+    if data[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "GIF"
+    if data[:2] == b"BM":
+        return "BMP"
+    raise UnsupportedImageError(
+        f"{len(data)} bytes that start with {data[:8].hex() or 'nothing'} are not an image; "
+        f"accepted formats: {', '.join(FORMATS)}"
+    )
+
+
+def _open(data: bytes) -> Image.Image:
+    image_format = _sniff(data)
+    try:
+        return Image.open(io.BytesIO(data), formats=[image_format])
+    except _DECODE_ERRORS as error:
+        raise UndecodableImageError(f"{image_format} header is truncated or corrupt") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    # Corrupt EXIF does not make the pixels unreadable: such an image is taken as stored.
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _DECODE_ERRORS:
+        return 1
+
+
+def _decode_jpeg(data: bytes) -> Pixels:
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(data)
+    except ValueError as error:
+        raise UndecodableImageError(f"JPEG is truncated or corrupt: {error}") from error
+    return pixels
+
+
+def _decode_with_pillow(data: bytes) -> Pixels:
+    with _open(data) as image:
+        try:
+            image.load()
+            return _rgb(image)
+        except _DECODE_ERRORS as error:
+            raise UndecodableImageError(
+                f"{image.format} is truncated or corrupt: {error}"
+            ) from error
+
+
+def _rgb(image: Image.Image) -> Pixels:
+    if image.mode.startswith("I"):
+        # 16-bit gray: Pillow's own conversion clips instead of scaling.
+        gray = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def _as_stored(pixels: Pixels) -> Pixels:
+    return pixels
+
+
+# EXIF 2.32, tag 0x0112: where row 0 and column 0 of the stored pixels belong.
+_ORIENTATIONS: Final[dict[int, Callable[[Pixels], Pixels]]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: pixels.transpose(1, 0, 2)[:, ::-1],
+    7: lambda pixels: pixels.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda pixels: pixels.transpose(1, 0, 2)[::-1],
+}

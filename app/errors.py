@@ -1,0 +1,108 @@
+"""What can go wrong, as one tree; only ``api/problems.py`` knows which HTTP status each has.
+
+::
+
+    NormGateError
+    ├── ImageError
+    │   ├── UnsupportedImageError    the bytes are not an image of an accepted format
+    │   ├── ImageTooLargeError       the header promises more pixels than the limit
+    │   └── UndecodableImageError    the image is truncated or corrupt
+    ├── NetworkError                 a network cannot be built, loaded or read
+    ├── CalibrationError             the images cannot carry the calibration asked for
+    ├── BundleError                  a bundle is missing, damaged or not for this installation
+    │   └── BundleNotFoundError      no bundle of that name and version
+    ├── SettingsError                a setting is unknown or out of bounds
+    └── ServingError                 a request cannot be answered now, or ever
+        ├── MalformedRequestError    the request is not one the service understands
+        ├── RequestTooLargeError     the body has more bytes than the limit
+        ├── QueueFullError           no room in the queue; come back after ``retry_after_s``
+        ├── NotReadyError            the models are still loading, or the service is draining
+        ├── DeadlineExceededError    the deadline passed before the answer
+        └── ForwardError             the network failed on the batch
+"""
+
+
+class NormGateError(Exception):
+    """Any error NormGate raises on purpose; the message is one line fit for a user."""
+
+
+class ImageError(NormGateError):
+    """An image that cannot be scored."""
+
+
+class UnsupportedImageError(ImageError):
+    """The bytes are not an image of an accepted format."""
+
+
+class ImageTooLargeError(ImageError):
+    """The header promises more pixels than the limit."""
+
+
+class UndecodableImageError(ImageError):
+    """The image is truncated or corrupt."""
+
+
+class NetworkError(NormGateError):
+    """A network cannot be built, loaded or read."""
+
+
+class CalibrationError(NormGateError):
+    """The images cannot carry the calibration asked for."""
+
+
+class BundleError(NormGateError):
+    """A bundle is missing, damaged or not for this installation."""
+
+
+class BundleNotFoundError(BundleError):
+    """No bundle of that name and version."""
+
+
+class SettingsError(NormGateError):
+    """A setting is unknown or out of bounds."""
+
+
+class ServingError(NormGateError):
+    """A request cannot be answered now, or ever."""
+
+
+class MalformedRequestError(ServingError):
+    """The request is not one the service understands."""
+
+
+class RequestTooLargeError(ServingError):
+    """The body has more bytes than the limit."""
+
+
+class DeadlineExceededError(ServingError):
+    """The deadline passed before the answer."""
+
+
+class ForwardError(ServingError):
+    """The network failed on the batch."""
+
+
+class QueueFullError(ServingError):
+    """No room in the queue.
+
+    Args:
+        message: fit for a client.
+        retry_after_s: when room is expected, in whole seconds.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotReadyError(ServingError):
+    """The models are still loading, or the service is draining.
+
+    Args:
+        message: fit for a client.
+        retry_after_s: when to come back, in whole seconds.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
