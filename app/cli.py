@@ -1,0 +1,304 @@
+"""The ``normgate`` command."""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from app.errors import CalibrationError, NormGateError
+from app.settings import Settings
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+_INTERRUPTED: Final = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 is success, 1 a failure told in one line, 2 wrong usage."""
+    options = _parser().parse_args(argv)
+    # Pillow warns of metadata it cannot read; the pixels decide whether an image is scored.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except NormGateError as error:
+        print(f"normgate: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("normgate: interrupted; nothing was written", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="normgate",
+        description="Tells for every image whether a classifier was trained for images like it.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_calibrate(commands)
+    _add_evaluate(commands)
+    _add_models(commands)
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser("serve", help="answer over HTTP")
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in (None, ()) else f" (default: {field.default})"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            default=argparse.SUPPRESS,
+            metavar=name.upper(),
+            help=f"{field.description}{default}",
+        )
+    parser.set_defaults(command=_serve)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    flags = {name: value for name, value in vars(options).items() if name != "command"}
+    settings = Settings.read(flags)
+    from app.main import serve
+
+    serve(settings)
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="choose the block, set the threshold, write a bundle",
+        description="Chooses the block with jigsaw puzzles of ID training images, sets the "
+        "threshold on held-out ID images, and writes a bundle to the model store.",
+    )
+    required = parser.add_argument_group("required")
+    required.add_argument(
+        "--architecture",
+        required=True,
+        help="torchvision/NAME, cifar/NAME, timm/NAME or python/package.module:factory",
+    )
+    required.add_argument(
+        "--selection-images", required=True, type=Path, metavar="DIR", help="ID training images"
+    )
+    required.add_argument(
+        "--threshold-images",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="ID images the classifier was not trained on",
+    )
+    required.add_argument("--name", required=True, help="of the model in the store")
+    parser.add_argument(
+        "--weights",
+        help="safetensors file or torch state dict; 'random' tries the structure alone",
+    )
+    parser.add_argument(
+        "--arguments",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="""for the network's builder, such as '{"num_classes": 10, "width": 16}'""",
+    )
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="one label a line, in the classes' order"
+    )
+    parser.add_argument(
+        "--preprocessing",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="""overrides the architecture's own, such as '{"resize": 256, "crop": 224}'""",
+    )
+    parser.add_argument("--blocks", metavar="GLOB", help="candidate blocks, such as 'layer4.*'")
+    parser.add_argument("--alpha", type=float, default=0.05, help="accepted false-alarm rate")
+    parser.add_argument("--guarantee", choices=["conformal", "pac"], default="conformal")
+    parser.add_argument("--delta", type=float, default=0.05, help="chance that PAC fails")
+    parser.add_argument(
+        "--edge", choices=["keep", "zero"], default="keep", help="pixels no tile covers"
+    )
+    parser.add_argument("--seed", type=_at_least(0), default=0)
+    parser.add_argument(
+        "--max-images", type=_at_least(1), metavar="N", help="a random draw from each folder"
+    )
+    parser.add_argument("--batch-size", type=_at_least(1), default=64, metavar="N")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    _add_model_store(parser)
+    parser.set_defaults(command=_calibrate)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from app.core.networks import Architecture, default_preprocessing
+    from app.offline.calibrate import CalibrationOptions, calibrate
+    from app.offline.terminal import TerminalProgress, print_calibration
+    from app.store import Store
+
+    architecture = _validated(
+        Architecture, {"id": options.architecture, "arguments": options.arguments}
+    )
+    usual = default_preprocessing(architecture)
+    preprocessing = _validated(type(usual), usual.model_dump() | options.preprocessing)
+    with TerminalProgress() as progress:
+        calibration = calibrate(
+            CalibrationOptions(
+                name=options.name,
+                architecture=architecture,
+                selection_images=options.selection_images,
+                threshold_images=options.threshold_images,
+                weights=options.weights,
+                labels=_read_labels(options.labels),
+                preprocessing=preprocessing,
+                blocks=options.blocks,
+                alpha=options.alpha,
+                guarantee=options.guarantee,
+                delta=options.delta,
+                edge=options.edge,
+                seed=options.seed,
+                max_images=options.max_images,
+                batch_size=options.batch_size,
+                device=options.device,
+            ),
+            Store(options.model_store),
+            progress=progress,
+        )
+    print_calibration(calibration)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate", help="measure a bundle on ID and OOD images, beside MSP and Energy"
+    )
+    parser.add_argument("--bundle", required=True, metavar="NAME[/VERSION]")
+    parser.add_argument(
+        "--id", required=True, type=Path, metavar="DIR", help="ID images used for nothing else"
+    )
+    parser.add_argument(
+        "--ood",
+        required=True,
+        action="append",
+        type=_named_folder,
+        metavar="NAME=DIR",
+        help="repeat for several data sets",
+    )
+    parser.add_argument(
+        "--codec",
+        choices=["raw", "jpeg75"],
+        default="raw",
+        help="jpeg75: OOD images are resized and re-encoded as JPEG quality 75 first",
+    )
+    parser.add_argument("--batch-size", type=_at_least(1), default=64, metavar="N")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    _add_model_store(parser)
+    parser.set_defaults(command=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from app.offline.evaluate import evaluate
+    from app.offline.terminal import TerminalProgress, print_evaluation
+    from app.store import Store
+
+    name, version = _bundle_id(options.bundle)
+    loaded = Store(options.model_store).load(name, version)
+    with TerminalProgress() as progress:
+        evaluation = evaluate(
+            loaded,
+            id_images=options.id,
+            ood_images=dict(options.ood),
+            codec=options.codec,
+            batch_size=options.batch_size,
+            device=options.device,
+            progress=progress,
+        )
+    print_evaluation(evaluation)
+    if options.json is not None:
+        options.json.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _add_models(commands: Any) -> None:
+    parser = commands.add_parser("models", help="list the bundles of a model store")
+    _add_model_store(parser)
+    parser.set_defaults(command=_models)
+
+
+def _models(options: argparse.Namespace) -> None:
+    from app.offline.terminal import print_models
+    from app.store import Store
+
+    print_models(Store(options.model_store))
+
+
+def _add_model_store(parser: argparse.ArgumentParser) -> None:
+    field = Settings.model_fields["model_store"]
+    parser.add_argument(
+        "--model-store",
+        type=Path,
+        default=field.default,
+        metavar="DIR",
+        help=f"{field.description} (default: {field.default})",
+    )
+
+
+def _at_least(bound: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < bound:
+            raise argparse.ArgumentTypeError(f"{value} is below {bound}")
+        return value
+
+    return parse
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, separator, folder = text.partition("=")
+    if not (name and separator and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} must read NAME=DIR")
+    return name, Path(folder)
+
+
+def _bundle_id(text: str) -> tuple[str, int | None]:
+    name, separator, version = text.partition("/")
+    if separator and not version.isdecimal():
+        raise NormGateError(f"bundle is {text!r}; it must read NAME or NAME/VERSION")
+    return name, int(version) if separator else None
+
+
+def _validated(model: type[ModelT], values: dict[str, Any]) -> ModelT:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or model.__name__.lower()
+        raise CalibrationError(f"{where} is {first['input']!r}: {first['msg']}") from error
+
+
+def _read_labels(file: Path | None) -> tuple[str, ...] | None:
+    if file is None:
+        return None
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"labels {file} cannot be read: {error}") from error
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""Calibration: from a network and two folders of ID images to a bundle in the model store."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from app.core.blocks import Block, BlockNorms, find_blocks
+from app.core.detector import SCORES, Detector, ScoreName
+from app.core.images import DEFAULT_MAX_PIXELS, Preprocessing, installed_decoder
+from app.core.jigsaw import TILES, Edge, draw_permutations, jigsaw
+from app.core.networks import (
+    Architecture,
+    build,
+    default_labels,
+    default_preprocessing,
+    load_weights,
+    read_weights,
+)
+from app.core.norm_ratio import BlockSelection, image_norm_ratios, select_block
+from app.core.threshold import (
+    DEFAULT_ALPHA,
+    DEFAULT_DELTA,
+    Guarantee,
+    fit_threshold,
+    threshold_rank,
+)
+from app.errors import CalibrationError, NetworkError
+from app.offline.progress import Progress
+from app.offline.reading import Batch, ImageFolder
+from app.store import (
+    Bundle,
+    CalibrationData,
+    JigsawOptions,
+    Store,
+    StoredPreprocessing,
+    library_versions,
+    reference_score,
+)
+
+RANDOM_WEIGHTS: Final = "random"
+MAX_SHARED_SHARE: Final = 0.01
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What a calibration is asked for; the defaults are the command line's."""
+
+    name: str
+    architecture: Architecture
+    selection_images: Path
+    threshold_images: Path
+    weights: str | None = None
+    labels: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    blocks: str | None = None
+    score: ScoreName = "feature_norm"
+    alpha: float = DEFAULT_ALPHA
+    guarantee: Guarantee = "conformal"
+    delta: float = DEFAULT_DELTA
+    edge: Edge = "keep"
+    seed: int = 0
+    max_images: int | None = None
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    batch_size: int = 64
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A bundle just written, and where."""
+
+    bundle: Bundle
+    folder: Path
+
+
+def calibrate(options: CalibrationOptions, store: Store, *, progress: Progress) -> Calibration:
+    """Choose the block, set the threshold and write the bundle.
+
+    The same options, images and seed give the same bundle but for ``created``.
+
+    Raises:
+        NetworkError: the network cannot be built, filled or read.
+        CalibrationError: the images do not carry the calibration asked for.
+        BundleError: the bundle cannot be written; nothing is left of it.
+    """
+    version = store.next_version(options.name)
+    run = _Run(options, progress)
+    selection = run.select_block()
+    scores = np.sort(run.held_out_scores(selection.selected))
+    bundle = run.describe(selection, scores)
+    folder = store.write(
+        lambda weights_sha256: bundle.model_copy(
+            update={"version": version, "weights_sha256": weights_sha256}
+        ),
+        name=options.name,
+        weights=run.network.state_dict(),
+        calibration_scores=scores,
+    )
+    return Calibration(store.read(options.name, version), folder)
+
+
+def build_network(options: CalibrationOptions) -> nn.Module:
+    """The network with its weights, on its device, in evaluation mode.
+
+    Raises:
+        NetworkError: it cannot be built or filled, or no weights were named.
+    """
+    torch.manual_seed(options.seed)
+    network = build(options.architecture)
+    if options.weights not in (None, RANDOM_WEIGHTS):
+        load_weights(network, read_weights(Path(options.weights)))
+    elif options.weights is None and options.architecture.family != "python":
+        raise NetworkError(
+            f"{options.architecture.id} needs weights: a file, or {RANDOM_WEIGHTS!r} to try the "
+            "structure alone"
+        )
+    try:
+        return network.to(options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise NetworkError(f"device {options.device} cannot be used: {reason}") from error
+
+
+class _Run:
+    """One calibration: the network, the two folders and the passes over them."""
+
+    def __init__(self, options: CalibrationOptions, progress: Progress) -> None:
+        self._options = options
+        self._progress = progress
+        self._selection, self._held_out = _image_folders(options)
+        self.network = build_network(options)
+        self._preprocessing = options.preprocessing or default_preprocessing(options.architecture)
+        side = self._preprocessing.crop
+        probe = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=options.device)
+        inputs = self._preprocessing.normalise(probe)
+        self._blocks = find_blocks(self.network, inputs, pattern=options.blocks)
+        self._labels = _labels(options, classes=_count_classes(self.network, inputs))
+
+    @torch.inference_mode()
+    def select_block(self) -> BlockSelection:
+        """NormRatio of every block over the selection images."""
+        norms = BlockNorms(self.network, self._blocks)
+        permutations = draw_permutations(len(self._selection.files), seed=self._options.seed)
+        ratios: list[NDArray[np.float32]] = []
+        for batch, inputs in self._batches("choosing the block", self._selection):
+            puzzles = jigsaw(inputs, permutations[batch.indices], edge=self._options.edge)
+            ratios.append(
+                image_norm_ratios(_columns(norms.run(inputs)[1]), _columns(norms.run(puzzles)[1]))
+            )
+        return select_block(self._blocks, _joined(ratios), seed=self._options.seed)
+
+    @torch.inference_mode()
+    def held_out_scores(self, block: Block) -> NDArray[np.float32]:
+        """The score of every threshold image, in the order of the files."""
+        norms = BlockNorms(self.network, [block])
+        score = SCORES[self._options.score]
+        scores: list[NDArray[np.float32]] = []
+        for _, inputs in self._batches("setting the threshold", self._held_out):
+            logits, feature_norms = norms.run(inputs)
+            scores.append(score(feature_norms[block.name], logits).cpu().numpy())
+        return _joined(scores)
+
+    def describe(self, selection: BlockSelection, scores: NDArray[np.float32]) -> Bundle:
+        """The bundle's description, its version and weights' hash still to be filled in."""
+        options = self._options
+        threshold = fit_threshold(
+            scores, alpha=options.alpha, guarantee=options.guarantee, delta=options.delta
+        )
+        detector = Detector(
+            self.network,
+            block=selection.selected,
+            preprocessing=self._preprocessing,
+            score=options.score,
+            threshold=threshold.value,
+            calibration_scores=scores,
+        )
+        data = CalibrationData(
+            selection=self._selection.fingerprint(),
+            threshold=self._held_out.fingerprint(),
+            shared_images=_shared_images(self._selection, self._held_out),
+        )
+        return Bundle(
+            name=options.name,
+            version=1,
+            created=datetime.now(UTC),
+            architecture=options.architecture,
+            labels=self._labels,
+            preprocessing=StoredPreprocessing(
+                **self._preprocessing.model_dump(), decoder=installed_decoder()
+            ),
+            dtype="float32",
+            block=selection.selected.name,
+            norm_ratios=selection,
+            jigsaw=JigsawOptions(tiles=TILES, edge=options.edge, seed=options.seed),
+            score=options.score,
+            threshold=threshold,
+            golden_score=reference_score(detector, self._preprocessing)[0],
+            data=data,
+            weights_sha256="",
+            libraries=library_versions(),
+            warnings=(*selection.warnings, *_warnings(options, data)),
+        )
+
+    def _batches(self, title: str, folder: ImageFolder) -> Iterator[tuple[Batch, Tensor]]:
+        """The readable images of each batch, with the network's input made from them."""
+        options, done = self._options, 0
+        self._progress(title, done=0, total=len(folder.files))
+        for batch in folder.batches(
+            self._preprocessing, batch_size=options.batch_size, max_pixels=options.max_pixels
+        ):
+            if batch.indices:
+                yield batch, self._preprocessing.normalise(batch.images.to(options.device))
+            done += batch.files
+            self._progress(title, done=done, total=len(folder.files))
+
+
+def _image_folders(options: CalibrationOptions) -> tuple[ImageFolder, ImageFolder]:
+    selection, held_out = options.selection_images.resolve(), options.threshold_images.resolve()
+    if selection.is_relative_to(held_out) or held_out.is_relative_to(selection):
+        raise CalibrationError(
+            f"selection images {options.selection_images} and threshold images "
+            f"{options.threshold_images} are the same folder, or one lies in the other: the "
+            "threshold needs images the classifier was not trained on, whose norms are smaller"
+        )
+    folders = (
+        ImageFolder.find(selection, max_images=options.max_images, seed=options.seed),
+        ImageFolder.find(held_out, max_images=options.max_images, seed=options.seed),
+    )
+    # Fails now rather than after the passes when there are too few images.
+    threshold_rank(
+        len(folders[1].files),
+        alpha=options.alpha,
+        guarantee=options.guarantee,
+        delta=options.delta,
+    )
+    return folders
+
+
+def _shared_images(selection: ImageFolder, held_out: ImageFolder) -> int:
+    shared = len(set(selection.digests) & set(held_out.digests))
+    if shared > MAX_SHARED_SHARE * len(held_out.files):
+        raise CalibrationError(
+            f"{shared} of {len(held_out.files)} threshold images are also selection images, more "
+            f"than {MAX_SHARED_SHARE:.0%}: the threshold needs images the classifier was not "
+            "trained on, whose norms are smaller"
+        )
+    return shared
+
+
+def _labels(options: CalibrationOptions, *, classes: int) -> tuple[str, ...]:
+    if options.labels is None:
+        return default_labels(options.architecture, classes=classes)
+    if len(options.labels) != classes:
+        raise CalibrationError(
+            f"{len(options.labels)} labels were given; the network has {classes} classes"
+        )
+    return options.labels
+
+
+@torch.inference_mode()
+def _count_classes(network: nn.Module, inputs: Tensor) -> int:
+    return int(network(inputs).shape[1])
+
+
+def _columns(norms: dict[str, Tensor]) -> NDArray[np.float32]:
+    """``[B, blocks]`` from one ``[B]`` a block."""
+    columns: NDArray[np.float32] = torch.stack(list(norms.values()), dim=1).cpu().numpy()
+    return columns
+
+
+def _joined(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    if not parts:
+        raise CalibrationError("no image could be read")
+    return np.concatenate(parts)
+
+
+def _warnings(options: CalibrationOptions, data: CalibrationData) -> Iterator[str]:
+    for what, fingerprint in (("selection", data.selection), ("threshold", data.threshold)):
+        if fingerprint.unreadable:
+            yield f"{len(fingerprint.unreadable)} {what} images were unreadable and left out"
+    if data.shared_images:
+        yield f"{data.shared_images} threshold images are also selection images"
+    if options.weights == RANDOM_WEIGHTS:
+        yield "the weights are random: this bundle shows the structure, its verdicts mean nothing"

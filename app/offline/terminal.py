@@ -1,0 +1,141 @@
+"""Progress bars and tables for people."""
+
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from app.core.threshold import Threshold
+from app.offline.calibrate import Calibration
+from app.offline.evaluate import Evaluation
+from app.store import Store
+
+
+class TerminalProgress:
+    """One bar a pass on standard error, with rate and time left."""
+
+    def __init__(self) -> None:
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, title: str, *, done: int, total: int) -> None:
+        """Move the bar called ``title``."""
+        if title not in self._tasks:
+            self._tasks[title] = self._bars.add_task(title, total=total)
+        self._bars.update(self._tasks[title], completed=done)
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.0f} images/s")
+
+
+def print_calibration(calibration: Calibration) -> None:
+    """The NormRatio of every block, the threshold and its promise, the warnings, the path."""
+    console, bundle = Console(), calibration.bundle
+    table = Table(title="NormRatio by block")
+    for heading in ("block", "NormRatio", "95 % interval", ""):
+        table.add_column(heading)
+    for block in bundle.norm_ratios.blocks:
+        is_chosen = block.block == bundle.block
+        table.add_row(
+            block.block,
+            f"{block.ratio:.4f}",
+            f"{block.low:.4f} to {block.high:.4f}",
+            "chosen" if is_chosen else "",
+            style="bold green" if is_chosen else None,
+        )
+    console.print(table)
+    console.print(f"threshold {bundle.threshold.value:.6g}: {_promise(bundle.threshold)}")
+    for warning in bundle.warnings:
+        console.print(f"[yellow]warning[/]: {warning}", highlight=False, soft_wrap=True)
+    for name in (*bundle.data.selection.unreadable, *bundle.data.threshold.unreadable):
+        console.print(f"left out: {name}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"bundle written to {calibration.folder}", highlight=False, soft_wrap=True)
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """False alarms against their promise, then every score on every data set."""
+    console = Console()
+    low, high = evaluation.false_alarms_promised
+    if evaluation.accuracy is not None:
+        console.print(f"accuracy {evaluation.accuracy:.4f} on {evaluation.id_images} ID images")
+    console.print(
+        f"false alarms {evaluation.false_alarm_rate:.4f}; the bundle says {low:.4f} to {high:.4f}"
+    )
+    table = Table(title=f"{evaluation.bundle}, codec {evaluation.codec}: AUROC / FPR95")
+    for heading in ("OOD", "images", *evaluation.results, "caught"):
+        table.add_column(heading, no_wrap=True)
+    for data_set, count in evaluation.ood_images.items():
+        table.add_row(
+            data_set,
+            str(count),
+            *(
+                f"{results[data_set].auroc:.3f} / {results[data_set].fpr95:.3f}"
+                for results in evaluation.results.values()
+            ),
+            f"{evaluation.detection_rate[data_set]:.3f}",
+        )
+    console.print(table)
+
+
+def print_models(store: Store) -> None:
+    """Every bundle of the store with its block, threshold and alpha."""
+    table = Table(title=f"{store.root}")
+    for heading in ("model", "version", "architecture", "block", "threshold", "alpha", "created"):
+        table.add_column(heading)
+    for name in store.names():
+        for version in store.versions(name):
+            bundle = store.read(name, version)
+            table.add_row(
+                name,
+                str(version),
+                bundle.architecture.id,
+                bundle.block,
+                f"{bundle.threshold.value:.6g}",
+                f"{bundle.threshold.alpha:g}",
+                f"{bundle.created:%Y-%m-%d}",
+            )
+    Console().print(table)
+
+
+def _promise(threshold: Threshold) -> str:
+    if threshold.guarantee == "pac":
+        promise = (
+            f"with {1 - (threshold.delta or 0):.0%} confidence at most {threshold.alpha:.2%} of "
+            "ID images are false alarms"
+        )
+    else:
+        promise = f"an ID image is a false alarm with probability at most {threshold.alpha:.2%}"
+    interval = threshold.false_alarm_rate
+    return (
+        f"{promise}, as long as ID images stay like the {threshold.n} threshold images; the rate "
+        f"realised lies in {interval.low:.2%} to {interval.high:.2%} in {interval.level:.0%} of "
+        "calibrations"
+    )
