@@ -1,0 +1,130 @@
+"""Errors as RFC 9457 problem details; the one place that knows HTTP status codes."""
+
+import http
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from app.errors import (
+    BundleNotFoundError,
+    DeadlineExceededError,
+    ForwardError,
+    ImageTooLargeError,
+    MalformedRequestError,
+    NormGateError,
+    NotReadyError,
+    QueueFullError,
+    RequestTooLargeError,
+    UndecodableImageError,
+    UnsupportedImageError,
+)
+from app.serving.metrics import Metrics, RejectReason
+
+MEDIA_TYPE: Final = "application/problem+json"
+_CLIENT_CLOSED_REQUEST: Final = 499
+"""nginx's code for a client that went away first; never on the wire."""
+
+STATUS: Final[Mapping[type[NormGateError], int]] = {
+    MalformedRequestError: 400,
+    BundleNotFoundError: 404,
+    RequestTooLargeError: 413,
+    UnsupportedImageError: 415,
+    ImageTooLargeError: 422,
+    UndecodableImageError: 422,
+    QueueFullError: 429,
+    ForwardError: 500,
+    NotReadyError: 503,
+    DeadlineExceededError: 504,
+}
+REASONS: Final[Mapping[type[NormGateError], RejectReason]] = {
+    MalformedRequestError: "malformed",
+    BundleNotFoundError: "malformed",
+    RequestTooLargeError: "too_large",
+    ImageTooLargeError: "too_large",
+    UnsupportedImageError: "unsupported",
+    UndecodableImageError: "undecodable",
+    QueueFullError: "queue_full",
+    ForwardError: "failed",
+    NotReadyError: "not_ready",
+    DeadlineExceededError: "deadline",
+}
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 describes it."""
+
+    type: str = Field(examples=["https://www.rfc-editor.org/rfc/rfc9110#status.422"])
+    title: str = Field(examples=["Unprocessable Content"])
+    status: int = Field(examples=[422])
+    detail: str = Field(examples=["image is 9000x9000 pixels (81.0 MP); the limit is 50.0 MP"])
+    request_id: str
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI description of the problems a route may answer with."""
+    return {
+        status: {
+            "description": http.HTTPStatus(status).phrase,
+            "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
+        }
+        for status in statuses
+    }
+
+
+def problem(request: Request, *, status: int, detail: str, retry_after_s: int = 0) -> JSONResponse:
+    """A problem response; ``retry_after_s`` above 0 adds ``Retry-After``."""
+    headers = {"Retry-After": str(retry_after_s)} if retry_after_s else None
+    body = Problem(
+        type=f"https://www.rfc-editor.org/rfc/rfc9110#status.{status}",
+        title=http.HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        request_id=request.state.request_id,
+    )
+    return JSONResponse(body.model_dump(), status, headers, media_type=MEDIA_TYPE)
+
+
+def install(app: FastAPI, metrics: Metrics) -> None:
+    """Answer every error of ``app`` with a problem, and count it."""
+
+    async def on_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, NormGateError)
+        metrics.reject(REASONS.get(type(error), "failed"))
+        status = STATUS.get(type(error), 500)
+        detail = str(error) if status != 500 else "the server failed on this request"
+        retry_after_s = getattr(error, "retry_after_s", 0)
+        return problem(request, status=status, detail=detail, retry_after_s=retry_after_s)
+
+    async def on_invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        metrics.reject("malformed")
+        first = error.errors()[0]
+        where = " ".join(map(str, first["loc"]))
+        detail = f"{where} is {first.get('input')!r}: {first['msg']}"
+        return problem(request, status=400, detail=detail)
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return problem(request, status=error.status_code, detail=str(error.detail))
+
+    async def on_disconnect(request: Request, error: Exception) -> Response:
+        metrics.reject("abandoned")
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)  # nobody is there to read it
+
+    async def on_bug(request: Request, error: Exception) -> JSONResponse:
+        # Starlette logs the traceback; a client never sees internals.
+        metrics.reject("failed")
+        return problem(request, status=500, detail="the server failed on this request")
+
+    app.add_exception_handler(NormGateError, on_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
+    app.add_exception_handler(Exception, on_bug)

@@ -1,0 +1,31 @@
+"""Probes and metrics: ``/livez``, ``/readyz`` and ``/metrics``."""
+
+from fastapi import APIRouter, Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from app.api.dependencies import MetricsOf, ServiceOf
+from app.api.problems import responses
+from app.api.schemas import Health
+from app.errors import NotReadyError
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/livez", summary="Is the process alive?")
+async def livez() -> Health:
+    """200 as long as the event loop turns."""
+    return Health(status="ok")
+
+
+@router.get("/readyz", summary="Can it answer?", responses=responses(503))
+async def readyz(service: ServiceOf) -> Health:
+    """200 once the models are loaded and warm, 503 before that and while shutting down."""
+    if not service.is_ready:
+        raise NotReadyError("the models are not loaded yet, or the service is shutting down")
+    return Health(status="ok")
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(metrics: MetricsOf) -> Response:
+    """All families in the Prometheus text format."""
+    return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,117 @@
+"""``POST /v1/score``: verdicts and predictions for one or more images."""
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+import numpy as np
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
+
+from app.api.dependencies import MetricsOf, ServiceOf, SettingsOf
+from app.api.disconnect import unless_disconnected
+from app.api.problems import responses
+from app.api.schemas import ScoreResponse
+from app.api.upload import FIELD, Upload, read_uploads
+from app.errors import ImageError
+from app.serving.pool import LoadedModel
+from app.serving.worker import Detection
+
+router = APIRouter(tags=["score"])
+
+_IMAGE: Final = {"schema": {"type": "string", "format": "binary"}}
+_REQUEST_BODY: Final = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": [FIELD],
+                "properties": {
+                    FIELD: {"type": "array", "items": {"type": "string", "format": "binary"}}
+                },
+            }
+        },
+        "image/*": _IMAGE,
+        "application/octet-stream": _IMAGE,
+    },
+}
+
+
+@router.post(
+    "/v1/score",
+    summary="Is each image one the classifier was trained for?",
+    response_model=ScoreResponse,
+    responses=responses(400, 404, 413, 415, 422, 429, 500, 503, 504),
+    openapi_extra={"requestBody": _REQUEST_BODY},
+)
+async def score(
+    request: Request,
+    service: ServiceOf,
+    settings: SettingsOf,
+    metrics: MetricsOf,
+    model: Annotated[str | None, Query(description="Default: the default model.")] = None,
+    version: Annotated[int | None, Query(ge=1, description="Default: the active one.")] = None,
+    top_k: Annotated[int, Query(ge=0, le=1000, description="Predictions an image.")] = 1,
+) -> JSONResponse:
+    """Send images as ``file`` parts of a form, or one image as the raw body.
+
+    With one image its failure is the response's status; with several the status is 200 and each
+    result carries its own ``error``.
+    """
+    started = time.monotonic()
+    with metrics.in_flight.track_inprogress():
+        loaded = service.model(model, version)
+        uploads = await read_uploads(request, max_bytes=settings.max_upload_bytes)
+        metrics.observe_stage("read", time.monotonic() - started)
+        results = await unless_disconnected(
+            request,
+            service.score(
+                loaded,
+                [upload.data for upload in uploads],
+                deadline=started + settings.deadline_ms / 1000,
+            ),
+        )
+    if len(results) == 1 and isinstance(results[0], ImageError):
+        raise results[0]
+    metrics.observe_stage("total", time.monotonic() - started)
+    # A plain response: validating what was just computed would cost more than the scoring.
+    return JSONResponse(
+        {
+            "model": loaded.bundle.name,
+            "version": loaded.bundle.version,
+            "request_id": request.state.request_id,
+            "results": [
+                _as_json(upload, result, loaded, top_k=top_k)
+                for upload, result in zip(uploads, results, strict=True)
+            ],
+        }
+    )
+
+
+def _as_json(
+    upload: Upload, result: Detection | ImageError, model: LoadedModel, *, top_k: int
+) -> dict[str, Any]:
+    if isinstance(result, ImageError):
+        nothing = dict.fromkeys(("verdict", "feature_norm", "score", "threshold", "p_value"))
+        return {"filename": upload.filename} | nothing | {"predictions": [], "error": str(result)}
+    return {
+        "filename": upload.filename,
+        "verdict": "ood" if result.is_ood else "id",
+        "feature_norm": result.feature_norm,
+        "score": result.score,
+        "threshold": model.bundle.threshold.value,
+        "p_value": result.p_value,
+        "predictions": _top_predictions(result.logits, model.bundle.labels, top_k=top_k),
+        "error": None,
+    }
+
+
+def _top_predictions(
+    logits: NDArray[np.float32], labels: Sequence[str], *, top_k: int
+) -> list[dict[str, Any]]:
+    exponentials = np.exp(logits.astype(np.float64) - logits.max())
+    probabilities = exponentials / exponentials.sum()
+    best = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
+    return [{"label": labels[i], "index": i, "probability": float(probabilities[i])} for i in best]
