@@ -78,9 +78,10 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def problem(request: Request, *, status: int, detail: str, retry_after_s: int = 0) -> JSONResponse:
-    """A problem response; ``retry_after_s`` above 0 adds ``Retry-After``."""
-    headers = {"Retry-After": str(retry_after_s)} if retry_after_s else None
+def problem(
+    request: Request, *, status: int, detail: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """A problem response."""
     body = Problem(
         type=f"https://www.rfc-editor.org/rfc/rfc9110#status.{status}",
         title=http.HTTPStatus(status).phrase,
@@ -99,8 +100,10 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         metrics.reject(REASONS.get(type(error), "failed"))
         status = STATUS.get(type(error), 500)
         detail = str(error) if status != 500 else "the server failed on this request"
-        retry_after_s = getattr(error, "retry_after_s", 0)
-        return problem(request, status=status, detail=detail, retry_after_s=retry_after_s)
+        headers = {}
+        if isinstance(error, QueueFullError | NotReadyError):
+            headers["Retry-After"] = str(error.retry_after_s)
+        return problem(request, status=status, detail=detail, headers=headers)
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -112,7 +115,9 @@ def install(app: FastAPI, metrics: Metrics) -> None:
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return problem(request, status=error.status_code, detail=str(error.detail))
+        return problem(
+            request, status=error.status_code, detail=str(error.detail), headers=error.headers
+        )
 
     async def on_disconnect(request: Request, error: Exception) -> Response:
         metrics.reject("abandoned")

@@ -1,0 +1,259 @@
+"""The batcher: nothing waits without need, nothing is lost, nobody hurts a neighbour."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from app.errors import DeadlineExceededError, ForwardError, NotReadyError, QueueFullError
+from app.serving.batcher import Batch, Batcher
+
+Numbers = Batcher[int, int]
+DEADLINE_S = 10
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    """Run a scenario to its end, or fail."""
+    asyncio.run(asyncio.wait_for(scenario, DEADLINE_S))
+
+
+class Doubler:
+    """A worker thread that doubles numbers, once it is let go."""
+
+    def __init__(self, batcher: Numbers, *, held: bool = False, poison: int | None = None) -> None:
+        self.batches: list[list[int]] = []
+        self.keys: list[object] = []
+        self._batcher, self._poison = batcher, poison
+        self._may_run = threading.Event()
+        if not held:
+            self._may_run.set()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def release(self) -> None:
+        """Let a held worker go."""
+        self._may_run.set()
+
+    @contextmanager
+    def working(self) -> Iterator["Doubler"]:
+        """The thread runs inside the context and has ended after it."""
+        self._thread.start()
+        try:
+            yield self
+        finally:
+            self._batcher.close()
+            self._may_run.set()
+            self._thread.join(DEADLINE_S)
+            assert not self._thread.is_alive()
+
+    def _run(self) -> None:
+        self._may_run.wait(DEADLINE_S)
+        while (batch := self._batcher.take()) is not None:
+            self._answer(batch)
+
+    def _answer(self, batch: Batch[int, int]) -> None:
+        self.batches.append(list(batch.items))
+        self.keys.append(batch.key)
+        if self._poison in batch.items:
+            batch.fail(ForwardError("poisoned"))
+        else:
+            batch.complete([2 * item for item in batch.items])
+
+
+def numbers(*, max_batch_size: int = 4, queue_size: int = 100, **options: Any) -> Numbers:
+    """A small batcher."""
+    return Batcher(max_batch_size=max_batch_size, queue_size=queue_size, **options)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop turn until the condition holds."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110 - what is waited for is the batcher's state
+            await asyncio.sleep(0)
+
+
+def test_answers_come_back_in_order() -> None:
+    """A request gets the results of its own items, in order, whatever the batches were."""
+
+    async def scenario() -> None:
+        batcher = numbers(queue_size=1000)
+        with Doubler(batcher).working():
+            answers = await asyncio.gather(
+                *(batcher.submit("key", list(range(i, i + 7))) for i in range(20))
+            )
+        assert answers == [[2 * item for item in range(i, i + 7)] for i in range(20)]
+
+    run(scenario())
+
+
+def test_batches_gather_while_the_worker_is_busy() -> None:
+    """What waits is taken together, up to the limit in items; a large request is split."""
+
+    async def scenario() -> None:
+        batcher = numbers(max_batch_size=4)
+        doubler = Doubler(batcher, held=True)
+        with doubler.working():
+            waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(3)]
+            waiting.append(asyncio.ensure_future(batcher.submit("key", [3, 4, 5])))
+            await until(lambda: batcher.depth == 6)
+            doubler.release()
+            await asyncio.gather(*waiting)
+        assert doubler.batches == [[0, 1, 2, 3], [4, 5]]
+
+    run(scenario())
+
+
+def test_keys_never_mix() -> None:
+    """Items of different keys travel in different batches, the longest waiting first."""
+
+    async def scenario() -> None:
+        batcher = numbers()
+        doubler = Doubler(batcher, held=True)
+        with doubler.working():
+            waiting = [
+                asyncio.ensure_future(batcher.submit("odd" if i % 2 else "even", [i]))
+                for i in range(4)
+            ]
+            await until(lambda: batcher.depth == 4)
+            doubler.release()
+            await asyncio.gather(*waiting)
+        assert list(zip(doubler.keys, doubler.batches, strict=True)) == [
+            ("even", [0, 2]),
+            ("odd", [1, 3]),
+        ]
+
+    run(scenario())
+
+
+def test_a_failed_batch_fails_its_own_requests() -> None:
+    """The error reaches the requests of that batch; the worker goes on with the next."""
+
+    async def scenario() -> None:
+        batcher = numbers(max_batch_size=1)
+        with Doubler(batcher, poison=1).working():
+            answers = await asyncio.gather(
+                *(batcher.submit("key", [i]) for i in range(3)), return_exceptions=True
+            )
+        assert answers[0] == [0]
+        assert isinstance(answers[1], ForwardError)
+        assert answers[2] == [4]
+
+    run(scenario())
+
+
+def test_cancelled_requests_leave_the_queue() -> None:
+    """A request that is cancelled takes its waiting items along, and they are counted."""
+    drops: list[tuple[str, int]] = []
+
+    async def scenario() -> None:
+        batcher = numbers(on_drop=lambda reason, count: drops.append((reason, count)))
+        doubler = Doubler(batcher, held=True)
+        with doubler.working():
+            gone = asyncio.ensure_future(batcher.submit("key", [1, 2]))
+            stays = asyncio.ensure_future(batcher.submit("key", [3]))
+            await until(lambda: batcher.depth == 3)
+            gone.cancel()
+            await until(lambda: batcher.depth == 1)
+            doubler.release()
+            assert await stays == [6]
+        assert doubler.batches == [[3]]
+
+    run(scenario())
+    assert drops == [("abandoned", 2)]
+
+
+def test_cancelled_while_in_a_batch() -> None:
+    """A request cancelled after its batch was taken does not disturb the batch."""
+
+    async def scenario() -> None:
+        batcher = numbers()
+        gone = asyncio.ensure_future(batcher.submit("key", [1]))
+        stays = asyncio.ensure_future(batcher.submit("key", [2]))
+        await until(lambda: batcher.depth == 2)
+        batch = await asyncio.to_thread(batcher.take)
+        assert batch is not None
+        gone.cancel()
+        batch.complete([2, 4])
+        assert await stays == [4]
+
+    run(scenario())
+
+
+def test_a_late_request_is_told_so() -> None:
+    """Past its deadline a request fails and its items never reach the worker."""
+    drops: list[tuple[str, int]] = []
+
+    async def scenario() -> None:
+        batcher = numbers(on_drop=lambda reason, count: drops.append((reason, count)))
+        doubler = Doubler(batcher, held=True)
+        with doubler.working():
+            with pytest.raises(DeadlineExceededError):
+                await batcher.submit("key", [1], deadline=0)
+            doubler.release()
+            assert await batcher.submit("key", [2]) == [4]
+        assert doubler.batches == [[2]]
+
+    run(scenario())
+    assert drops == [("expired", 1)]
+
+
+def test_a_full_queue_refuses() -> None:
+    """Beyond ``queue_size`` items a request is refused, with the time to come back."""
+
+    async def scenario() -> None:
+        batcher = numbers(queue_size=2)
+        with Doubler(batcher, held=True).working() as doubler:
+            waiting = asyncio.ensure_future(batcher.submit("key", [1, 2]))
+            await until(lambda: batcher.depth == 2)
+            with pytest.raises(QueueFullError, match="the limit is 2") as refusal:
+                await batcher.submit("key", [3])
+            assert refusal.value.retry_after_s >= 1
+            doubler.release()
+            assert await waiting == [2, 4]
+
+    run(scenario())
+
+
+def test_a_request_larger_than_the_queue() -> None:
+    """A request with more items than the queue holds is accepted while nothing waits."""
+
+    async def scenario() -> None:
+        batcher = numbers(queue_size=2)
+        with Doubler(batcher).working():
+            assert await batcher.submit("key", [1, 2, 3]) == [2, 4, 6]
+
+    run(scenario())
+
+
+def test_closing_answers_what_was_accepted() -> None:
+    """A closed batcher refuses new items, hands out the accepted ones, then ends its workers."""
+
+    async def scenario() -> None:
+        batcher = numbers()
+        with Doubler(batcher, held=True).working() as doubler:
+            accepted = asyncio.ensure_future(batcher.submit("key", [1]))
+            await until(lambda: batcher.depth == 1)
+            batcher.close()
+            with pytest.raises(NotReadyError):
+                await batcher.submit("key", [2])
+            doubler.release()
+            assert await accepted == [2]
+
+    run(scenario())
+
+
+def test_waiting_for_company() -> None:
+    """With ``max_wait_s`` a free worker waits for a full batch, and no longer than for that."""
+
+    async def scenario() -> None:
+        batcher = numbers(max_batch_size=2, max_wait_s=DEADLINE_S)
+        with Doubler(batcher).working() as doubler:
+            first = asyncio.ensure_future(batcher.submit("key", [1]))
+            await until(lambda: batcher.depth == 1)
+            assert await batcher.submit("key", [2]) == [4]
+            assert await first == [2]
+        assert doubler.batches == [[1, 2]]
+
+    run(scenario())

@@ -1,0 +1,43 @@
+"""The metrics: the families of the design, and no series a client can invent."""
+
+from prometheus_client.exposition import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.serving.metrics import Metrics, ModelMetrics
+
+
+def test_families() -> None:
+    """Every family is named ``normgate_*`` or belongs to the process."""
+    text = generate_latest(Metrics().registry).decode()
+    names = {family.name for family in text_string_to_metric_families(text)}
+    own = {name for name in names if name.startswith("normgate_")}
+
+    assert {
+        "normgate_images",
+        "normgate_score_ratio",
+        "normgate_p_value",
+        "normgate_stage_seconds",
+        "normgate_batch_size",
+        "normgate_queue_depth",
+        "normgate_in_flight",
+        "normgate_rejected",
+        "normgate_model_info",
+        "normgate_model_load_seconds",
+    } <= own
+    assert all(name.startswith(("process_", "python_")) for name in names - own)
+
+
+def test_observed_image() -> None:
+    """One OOD image counts as such, with its ratio to the threshold and its p-value."""
+    metrics = Metrics()
+    model = ModelMetrics(metrics, model="m", version=3, threshold=2.0)
+
+    model.observe(score=1.0, p_value=0.03, is_ood=True)
+
+    labels = {"model": "m", "version": "3"}
+    read = metrics.registry.get_sample_value
+    assert read("normgate_images_total", labels | {"verdict": "ood"}) == 1
+    assert read("normgate_images_total", labels | {"verdict": "id"}) == 0
+    assert read("normgate_score_ratio_bucket", labels | {"le": "0.5"}) == 1
+    assert read("normgate_p_value_bucket", labels | {"le": "0.05"}) == 1
+    assert read("normgate_p_value_bucket", labels | {"le": "0.01"}) == 0
