@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CHECKED := app tests benchmarks docs
 
-.PHONY: install serve test lint format
+.PHONY: install serve test lint format data evaluate
 
 install: $(INSTALLED)
 
@@ -30,3 +30,15 @@ lint: install
 format: install
 	$(BIN)/ruff format $(CHECKED)
 	$(BIN)/ruff check --fix $(CHECKED)
+
+# The research images, unpacked into build/data.
+data: install
+	$(BIN)/python -m benchmarks.datasets
+
+# The figures of the bundled model in the README.
+evaluate: data
+	for codec in jpeg75 raw; do \
+	$(BIN)/normgate evaluate --bundle cifar10-resnet18 --id build/data/cifar10/test \
+	    --ood svhn=build/data/svhn --ood textures=build/data/textures --ood mnist=build/data/mnist \
+	    --ood tiny_imagenet32=build/data/tiny_imagenet32 --codec $$codec || exit 1; \
+	done

@@ -62,3 +62,8 @@ def _hold_out(train: Path, held_out: Path) -> None:
         (held_out / class_folder.name).mkdir(parents=True)
         for file in chooser.sample(sorted(class_folder.iterdir()), HELD_OUT_PER_CLASS):
             file.rename(held_out / class_folder.name / file.name)
+
+
+if __name__ == "__main__":
+    for data_set in ("cifar10", "svhn", "textures", "mnist", "tiny_imagenet32", "photos"):
+        print(unpack(data_set))
