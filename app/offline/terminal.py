@@ -1,6 +1,6 @@
 """Progress bars and tables for people."""
 
-from typing import Self
+from typing import Final, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +20,8 @@ from app.core.threshold import Threshold
 from app.offline.calibrate import Calibration
 from app.offline.evaluate import Evaluation
 from app.store import Store
+
+_PIPE_WIDTH: Final = 120
 
 
 class TerminalProgress:
@@ -58,7 +60,7 @@ class _RateColumn(ProgressColumn):
 
 def print_calibration(calibration: Calibration) -> None:
     """The NormRatio of every block, the threshold and its promise, the warnings, the path."""
-    console, bundle = Console(), calibration.bundle
+    console, bundle = _console(), calibration.bundle
     table = Table(title="NormRatio by block")
     for heading in ("block", "NormRatio", "95 % interval", ""):
         table.add_column(heading)
@@ -82,7 +84,7 @@ def print_calibration(calibration: Calibration) -> None:
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """False alarms against their promise, then every score on every data set."""
-    console = Console()
+    console = _console()
     low, high = evaluation.false_alarms_promised
     if evaluation.accuracy is not None:
         console.print(f"accuracy {evaluation.accuracy:.4f} on {evaluation.id_images} ID images")
@@ -122,7 +124,15 @@ def print_models(store: Store) -> None:
                 f"{bundle.threshold.alpha:g}",
                 f"{bundle.created:%Y-%m-%d}",
             )
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """Standard output; wide enough for every table where it is a file or a pipe."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    return console
 
 
 def _promise(threshold: Threshold) -> str:
