@@ -141,8 +141,10 @@ def _calibrate(options: argparse.Namespace) -> None:
     architecture = _validated(
         Architecture, {"id": options.architecture, "arguments": options.arguments}
     )
-    usual = default_preprocessing(architecture)
-    preprocessing = _validated(type(usual), usual.model_dump() | options.preprocessing)
+    preprocessing = None
+    if options.preprocessing:
+        usual = default_preprocessing(architecture)
+        preprocessing = _validated(type(usual), usual.model_dump() | options.preprocessing)
     with TerminalProgress() as progress:
         calibration = calibrate(
             CalibrationOptions(
@@ -217,7 +219,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     print_evaluation(evaluation)
     if options.json is not None:
-        options.json.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        try:
+            options.json.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise NormGateError(f"{options.json} cannot be written: {error}") from error
 
 
 def _add_models(commands: Any) -> None:

@@ -1,10 +1,11 @@
 """The service's settings: ``NORMGATE_*`` in the environment, a flag of the same name each."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Final, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.errors import SettingsError
@@ -48,6 +49,12 @@ class Settings(BaseSettings):
     decode_threads: int = Field(2, ge=1, le=256, description="threads that decode images")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+
+    @field_validator("allowed_factories", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any) -> Any:
+        # The environment's text arrives parsed, a flag's does not.
+        return json.loads(value) if isinstance(value, str) else value
 
     @classmethod
     def read(cls, flags: dict[str, Any]) -> Self:

@@ -129,6 +129,8 @@ class LoadedBundle:
         try:
             network = build(bundle.architecture)
             load_weights(network, self.weights)
+            if bundle.block not in dict(network.named_modules()):
+                raise NetworkError(f"{bundle.architecture.id} has no block {bundle.block!r}")
             detector = Detector(
                 network.to(device),
                 block=bundle.norm_ratios.selected,
@@ -188,8 +190,7 @@ class Store:
         """
         folder = self._folder(name, version)
         try:
-            text = (folder / BUNDLE_FILE).read_text(encoding="utf-8")
-            bundle = Bundle.model_validate_json(text)
+            bundle = Bundle.model_validate_json((folder / BUNDLE_FILE).read_bytes())
         except OSError as error:
             raise BundleError(f"{folder / BUNDLE_FILE} cannot be read: {error}") from error
         except ValidationError as error:
@@ -335,7 +336,9 @@ def _check_calibration(bundle: Bundle, scores: NDArray[np.float32]) -> None:
             f"{_title(bundle)} must hold {threshold.n} float32 calibration scores, it holds "
             f"{scores.dtype} {scores.shape}"
         )
-    if (np.diff(scores) < 0).any() or float(scores[threshold.k - 1]) != threshold.value:
+    is_sorted = not (np.diff(scores) < 0).any()
+    # A slice: k may lie beyond the scores.
+    if not is_sorted or scores[threshold.k - 1 : threshold.k].tolist() != [threshold.value]:
         raise BundleError(
             f"{_title(bundle)}: threshold {threshold.value} is not number {threshold.k} of its "
             "sorted calibration scores"

@@ -123,7 +123,8 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
         pixels = _decode_jpeg(data)
     else:
         pixels = _decode_with_pillow(data)
-    return _ORIENTATIONS.get(header.orientation, _as_stored)(pixels)
+    # Contiguous: torch takes no view with negative strides, as a mirrored image is.
+    return np.ascontiguousarray(_ORIENTATIONS.get(header.orientation, _as_stored)(pixels))
 
 
 class Preprocessing(BaseModel):

@@ -161,12 +161,16 @@ def _build_cifar(name: str, **arguments: Any) -> nn.Module:
 
 
 def _build_torchvision(name: str, **arguments: Any) -> nn.Module:
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise NetworkError(f"torchvision/{name} is not one of torchvision's classifiers")
+    _check_torchvision(name)
     if name in ("googlenet", "inception_v3"):
         # Their auxiliary heads exist for training alone, and slow initialisation warns.
         arguments = {"init_weights": False, "aux_logits": False} | arguments
     return cast(nn.Module, torchvision.models.get_model(name, weights=None, **arguments))
+
+
+def _check_torchvision(name: str) -> None:
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise NetworkError(f"torchvision/{name} is not one of torchvision's classifiers")
 
 
 def _build_timm(name: str, **arguments: Any) -> nn.Module:
@@ -200,6 +204,7 @@ def _timm() -> Any:
 
 
 def _torchvision_preprocessing(name: str) -> Preprocessing:
+    _check_torchvision(name)
     preset = next(iter(torchvision.models.get_model_weights(name))).transforms()
     return Preprocessing(
         resize=preset.resize_size[0],

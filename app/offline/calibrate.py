@@ -33,7 +33,7 @@ from app.core.threshold import (
 )
 from app.errors import CalibrationError, NetworkError
 from app.offline.progress import Progress
-from app.offline.reading import Batch, ImageFolder
+from app.offline.reading import Batch, ImageFolder, tracked
 from app.store import (
     Bundle,
     CalibrationData,
@@ -138,9 +138,17 @@ class _Run:
         self.network = build_network(options)
         self._preprocessing = options.preprocessing or default_preprocessing(options.architecture)
         side = self._preprocessing.crop
+        if side < TILES:
+            raise CalibrationError(f"crop is {side} pixels; a jigsaw needs at least {TILES}")
         probe = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=options.device)
         inputs = self._preprocessing.normalise(probe)
-        self._blocks = find_blocks(self.network, inputs, pattern=options.blocks)
+        try:
+            self._blocks = find_blocks(self.network, inputs, pattern=options.blocks)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise NetworkError(
+                f"{options.architecture.id} cannot run on {side}x{side} pixels: {reason}"
+            ) from error
         self._labels = _labels(options, classes=_count_classes(self.network, inputs))
 
     @torch.inference_mode()
@@ -210,15 +218,14 @@ class _Run:
 
     def _batches(self, title: str, folder: ImageFolder) -> Iterator[tuple[Batch, Tensor]]:
         """The readable images of each batch, with the network's input made from them."""
-        options, done = self._options, 0
-        self._progress(title, done=0, total=len(folder.files))
-        for batch in folder.batches(
+        options = self._options
+        batches = folder.batches(
             self._preprocessing, batch_size=options.batch_size, max_pixels=options.max_pixels
+        )
+        for batch in tracked(
+            batches, title=title, total=len(folder.files), progress=self._progress
         ):
-            if batch.indices:
-                yield batch, self._preprocessing.normalise(batch.images.to(options.device))
-            done += batch.files
-            self._progress(title, done=done, total=len(folder.files))
+            yield batch, self._preprocessing.normalise(batch.images.to(options.device))
 
 
 def _image_folders(options: CalibrationOptions) -> tuple[ImageFolder, ImageFolder]:
@@ -244,7 +251,9 @@ def _image_folders(options: CalibrationOptions) -> tuple[ImageFolder, ImageFolde
 
 
 def _shared_images(selection: ImageFolder, held_out: ImageFolder) -> int:
-    shared = len(set(selection.digests) & set(held_out.digests))
+    # A file that could not be opened has an empty digest.
+    chosen_on = set(selection.digests) - {b""}
+    shared = sum(digest in chosen_on for digest in held_out.digests)
     if shared > MAX_SHARED_SHARE * len(held_out.files):
         raise CalibrationError(
             f"{shared} of {len(held_out.files)} threshold images are also selection images, more "

@@ -16,7 +16,7 @@ from torch import Tensor
 from app.core.detector import Detections
 from app.core.images import DEFAULT_MAX_PIXELS
 from app.offline.progress import Progress
-from app.offline.reading import ImageFolder
+from app.offline.reading import ImageFolder, tracked
 from app.store import LoadedBundle
 
 Codec = Literal["raw", "jpeg75"]
@@ -147,19 +147,18 @@ class _Run:
 
     def detect(self, title: str, folder: Path, *, codec: Codec) -> tuple[Detections, list[Path]]:
         """The detections of all readable images of a folder, and the images' files."""
-        images, done = ImageFolder.find(folder), 0
+        images = ImageFolder.find(folder)
         parts: list[Detections] = []
         files: list[Path] = []
-        self._progress(title, done=0, total=len(images.files))
-        for batch in images.batches(
+        batches = images.batches(
             self._preprocessing, batch_size=self._batch_size, max_pixels=DEFAULT_MAX_PIXELS
+        )
+        for batch in tracked(
+            batches, title=title, total=len(images.files), progress=self._progress
         ):
-            if batch.indices:
-                prepared = batch.images if codec == "raw" else _as_jpeg(batch.images)
-                parts.append(self._detector.detect(prepared))
-                files.extend(images.files[i] for i in batch.indices)
-            done += batch.files
-            self._progress(title, done=done, total=len(images.files))
+            prepared = batch.images if codec == "raw" else _as_jpeg(batch.images)
+            parts.append(self._detector.detect(prepared))
+            files.extend(images.files[i] for i in batch.indices)
         return _joined(parts), files
 
 

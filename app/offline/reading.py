@@ -14,6 +14,7 @@ from torch import Tensor
 
 from app.core.images import Preprocessing, load
 from app.errors import CalibrationError, ImageError
+from app.offline.progress import Progress
 from app.store import Fingerprint
 
 SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
@@ -141,6 +142,19 @@ class ImageFolder:
                 f"{len(self.unreadable)} of {len(self.files)} images in {self.folder} are "
                 f"unreadable, more than {MAX_UNREADABLE_SHARE:.0%}: {named}"
             )
+
+
+def tracked(
+    batches: Iterator[Batch], *, title: str, total: int, progress: Progress
+) -> Iterator[Batch]:
+    """The batches that hold a readable image; ``progress`` is told of every batch."""
+    done = 0
+    progress(title, done=done, total=total)
+    for batch in batches:
+        if batch.indices:
+            yield batch
+        done += batch.files
+        progress(title, done=done, total=total)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """The Prometheus families of DESIGN section 4, in a registry of their own."""
 
 from collections.abc import Iterable
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 Stage = Literal["read", "decode", "queue", "forward", "total"]
-STAGES: Final[tuple[Stage, ...]] = ("read", "decode", "queue", "forward", "total")
+STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 
 RejectReason = Literal[
     "malformed",
@@ -21,17 +21,7 @@ RejectReason = Literal[
     "abandoned",
     "failed",
 ]
-REJECT_REASONS: Final[tuple[RejectReason, ...]] = (
-    "malformed",
-    "too_large",
-    "unsupported",
-    "undecodable",
-    "queue_full",
-    "not_ready",
-    "deadline",
-    "abandoned",
-    "failed",
-)
+REJECT_REASONS: Final[tuple[RejectReason, ...]] = get_args(RejectReason)
 
 _RATIO_BUCKETS: Final = (
     *(0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0),
