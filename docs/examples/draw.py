@@ -58,6 +58,24 @@ def truck() -> Image.Image:
     return _finished(picture, noise=6, seed=3)
 
 
+def automobile() -> Image.Image:
+    """A car on a road, seen from its side."""
+    picture = _gradient((200, 214, 226), (226, 226, 222))
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle((0, 110, LARGE, 180), fill=(92, 116, 76))
+    pen.rectangle((0, 166, LARGE, LARGE), fill=(112, 112, 114))
+    pen.polygon([(66, 122), (98, 78), (166, 78), (206, 122)], fill=(150, 26, 30))
+    pen.polygon([(82, 120), (104, 86), (130, 86), (130, 120)], fill=(60, 74, 90))
+    pen.polygon([(138, 120), (138, 86), (162, 86), (190, 120)], fill=(60, 74, 90))
+    pen.rounded_rectangle((14, 118, 244, 178), radius=20, fill=(190, 32, 36))
+    pen.rectangle((18, 162, 240, 178), fill=(110, 20, 24))
+    pen.ellipse((228, 128, 246, 144), fill=(250, 240, 200))
+    for centre in (66, 196):
+        pen.ellipse((centre - 28, 150, centre + 28, 206), fill=(22, 22, 24))
+        pen.ellipse((centre - 14, 164, centre + 14, 192), fill=(170, 170, 174))
+    return _finished(picture, noise=6, seed=6)
+
+
 def noise() -> Image.Image:
     """Colour noise: every pixel on its own."""
     values = np.random.default_rng(4).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
@@ -77,8 +95,13 @@ def text() -> Image.Image:
     return _finished(picture, noise=0, seed=5)
 
 
+def gradient() -> Image.Image:
+    """Nothing but one colour that turns into another."""
+    return _finished(_gradient((232, 150, 60), (90, 40, 130)), noise=0, seed=10)
+
+
 PICTURES: Final[Mapping[str, Callable[[], Image.Image]]] = {
-    draw.__name__: draw for draw in (ship, truck, noise, text)
+    draw.__name__: draw for draw in (ship, truck, automobile, noise, text, gradient)
 }
 
 
