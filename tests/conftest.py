@@ -1,0 +1,48 @@
+"""Drawn image folders and a tiny calibrated bundle, made once for all tests."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from app.core.networks import Architecture
+from app.offline.calibrate import RANDOM_WEIGHTS, CalibrationOptions, calibrate
+from app.store import Store
+from tests.pictures import jpeg
+
+IMAGES = 24
+TINY = Architecture(id="cifar/resnet18", arguments={"width": 4})
+
+
+def draw_images(folder: Path, seeds: Iterable[int]) -> Path:
+    """The folder, with one drawn JPEG of 32 x 32 pixels a seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        (folder / f"{seed:04}.jpg").write_bytes(jpeg(seed))
+    return folder
+
+
+def silent(title: str, *, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@pytest.fixture(scope="session")
+def tiny_options(tmp_path_factory: pytest.TempPathFactory) -> CalibrationOptions:
+    """A calibration of a small random network on two folders of ``IMAGES`` drawings."""
+    root = tmp_path_factory.mktemp("drawn")
+    return CalibrationOptions(
+        name="tiny",
+        architecture=TINY,
+        selection_images=draw_images(root / "selection", range(IMAGES)),
+        threshold_images=draw_images(root / "threshold", range(IMAGES, 2 * IMAGES)),
+        weights=RANDOM_WEIGHTS,
+        alpha=0.2,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_options: CalibrationOptions) -> Store:
+    """A store that holds ``tiny/1``; tests read it and change copies."""
+    store = Store(tmp_path_factory.mktemp("store"))
+    calibrate(tiny_options, store, progress=silent)
+    return store

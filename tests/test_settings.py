@@ -1,0 +1,126 @@
+"""Settings: from the environment, overridden by flags, refused in one line."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.errors import SettingsError
+from app.settings import PREFIX, Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(PREFIX):
+            monkeypatch.delenv(name)
+
+
+def test_a_variable_overrides_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a variable the default holds; with it, the variable."""
+    assert Settings.read({}).port == 8000
+
+    monkeypatch.setenv("NORMGATE_PORT", "9000")
+
+    assert Settings.read({}).port == 9000
+
+
+def test_a_flag_overrides_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag wins over the environment, which still gives the settings without a flag."""
+    monkeypatch.setenv("NORMGATE_PORT", "9000")
+    monkeypatch.setenv("NORMGATE_MODEL_STORE", "/srv/models")
+
+    settings = Settings.read({"port": "9001"})
+
+    assert (settings.port, settings.model_store) == (9001, Path("/srv/models"))
+
+
+def test_lists_are_json_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allowed factories read as a JSON list from a flag as from the environment."""
+    text = '["python/a.b:c", "python/d:e"]'
+    by_flag = Settings.read({"allowed_factories": text}).allowed_factories
+
+    monkeypatch.setenv("NORMGATE_ALLOWED_FACTORIES", text)
+
+    assert by_flag == ("python/a.b:c", "python/d:e")
+    assert Settings.read({}).allowed_factories == by_flag
+
+
+def test_unknown_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt variable stops the start, and the message names every one of them."""
+    monkeypatch.setenv("NORMGATE_PROT", "9000")
+    monkeypatch.setenv("NORMGATE_X", "1")
+
+    with pytest.raises(SettingsError, match=r"^unknown setting NORMGATE_PROT, NORMGATE_X in"):
+        Settings.read({})
+
+
+def test_the_data_variable_is_tolerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``NORMGATE_DATA`` belongs to tests and benchmarks, and hurts no server beside them."""
+    monkeypatch.setenv("NORMGATE_DATA", "/data")
+
+    assert Settings.read({}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "eighty"),
+        ("PORT", "65536"),
+        ("PORT", ""),
+        ("MAX_BATCH_SIZE", "0"),
+        ("QUEUE_SIZE", "1.5"),
+        ("DEADLINE_MS", "0"),
+        ("MAX_WAIT_MS", "-1"),
+        ("DEVICES", "gpu"),
+        ("DEVICES", "cuda:0,cpu"),
+        ("MAX_PIXELS", "many"),
+    ],
+)
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_a_bad_value_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, by_flag: bool
+) -> None:
+    """The line names the setting and the value, wherever the value came from."""
+    flags: dict[str, Any] = {}
+    if by_flag:
+        flags[name.lower()] = value
+    else:
+        monkeypatch.setenv(PREFIX + name, value)
+
+    with pytest.raises(SettingsError) as caught:
+        Settings.read(flags)
+
+    message = str(caught.value)
+    assert message.startswith(f"NORMGATE_{name} is {value!r}: ")
+    assert "\n" not in message
+
+
+def test_all_bad_values_are_told_at_once() -> None:
+    """Two bad values make one line with both names."""
+    with pytest.raises(SettingsError) as caught:
+        Settings.read({"port": "x", "queue_size": "0"})
+
+    message = str(caught.value)
+    assert "NORMGATE_PORT is 'x'" in message
+    assert "NORMGATE_QUEUE_SIZE is '0'" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_a_list_that_is_no_json_is_named(monkeypatch: pytest.MonkeyPatch, by_flag: bool) -> None:
+    """A factory without JSON round it is refused in a line that names the setting."""
+    if not by_flag:
+        monkeypatch.setenv("NORMGATE_ALLOWED_FACTORIES", "python/a:b")
+
+    with pytest.raises(SettingsError, match=r"(?i)^[^\n]*allowed_factories[^\n]*$"):
+        Settings.read({"allowed_factories": "python/a:b"} if by_flag else {})
+
+
+def test_settings_cannot_be_changed() -> None:
+    """Settings are frozen once read."""
+    settings, name = Settings.read({}), "port"
+
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(settings, name, 1)
