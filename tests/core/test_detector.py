@@ -1,0 +1,180 @@
+"""The detector: one forward pass, the same score in any company, one verdict."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from app.core.blocks import Block, find_blocks
+from app.core.detector import BATCH_TOLERANCE, Detections, Detector
+from app.core.images import Preprocessing
+from app.core.networks import CIFAR_PREPROCESSING, Architecture, build
+from app.core.threshold import fit_threshold
+from tests.pictures import pixels
+
+ALPHA = 0.2
+ARCHITECTURE = Architecture(id="cifar/resnet18", arguments={"width": 8})
+
+
+class BrightnessNetwork(nn.Module):
+    """A 1 x 1 convolution that passes the red channel on, and a head that doubles its mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.red = nn.Conv2d(3, 1, 1, bias=False)
+        self.red.weight.data = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, 2]``: the mean and its double."""
+        mean: Tensor = self.red(images).mean(dim=(2, 3))
+        return torch.cat([mean, 2 * mean], dim=1)
+
+
+def brightness_detector(calibration: NDArray[np.float32], threshold: float) -> Detector:
+    """A detector on 2 x 2 pixels whose score is twice the red value, 0..1, of a plain image."""
+    return Detector(
+        BrightnessNetwork().eval(),
+        block=Block("red", "maps"),
+        preprocessing=Preprocessing(resize=2, crop=2, mean=(0, 0, 0), std=(1, 1, 1)),
+        score="feature_norm",
+        threshold=threshold,
+        calibration_scores=calibration,
+    )
+
+
+def pictures(count: int, *, first: int = 0) -> Tensor:
+    """``[count, 3, 32, 32]`` uint8 drawings."""
+    return torch.stack(
+        [CIFAR_PREPROCESSING.resize_and_crop(pixels(first + seed).copy()) for seed in range(count)]
+    )
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """A small residual network with random weights."""
+    torch.manual_seed(0)
+    return build(ARCHITECTURE)
+
+
+def resnet_detector(
+    network: nn.Module, *, threshold: float, calibration: NDArray[np.float32]
+) -> Detector:
+    """A detector on the last but one block."""
+    block = find_blocks(network, torch.zeros(1, 3, 32, 32))[-2]
+    return Detector(
+        network,
+        block=block,
+        preprocessing=CIFAR_PREPROCESSING,
+        score="feature_norm",
+        threshold=threshold,
+        calibration_scores=calibration,
+    )
+
+
+@pytest.fixture(scope="module")
+def detector(network: nn.Module) -> Detector:
+    """A detector calibrated on 99 drawings."""
+    uncalibrated = resnet_detector(network, threshold=0, calibration=np.zeros(1, np.float32))
+    scores = uncalibrated.detect(pictures(99)).scores
+    return resnet_detector(
+        network,
+        threshold=fit_threshold(scores, alpha=ALPHA).value,
+        calibration=np.sort(scores),
+    )
+
+
+def logits_of(detections: Detections) -> NDArray[np.float32]:
+    """The logits of a full forward pass."""
+    assert detections.logits is not None
+    return detections.logits
+
+
+def test_by_hand() -> None:
+    """Red 0.2, 0.4 and 1.0 of 2 x 2 pixels have norms 0.4, 0.8 and 2.0, whatever the green."""
+    images = torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
+    images[:, 0] = torch.tensor([51, 102, 255]).view(3, 1, 1)
+    images[:, 1] = 77
+    calibration = np.array([0.5, 0.7, 0.9, 1.1], dtype=np.float32)
+
+    detections = brightness_detector(calibration, threshold=0.5).detect(images)
+
+    np.testing.assert_allclose(detections.feature_norms, [0.4, 0.8, 2.0], rtol=1e-6)
+    np.testing.assert_array_equal(detections.scores, detections.feature_norms)
+    np.testing.assert_allclose(detections.p_values, [0.2, 0.6, 1.0])
+    assert detections.is_ood.tolist() == [True, False, False]
+    np.testing.assert_allclose(
+        logits_of(detections), [[0.2, 0.4], [0.4, 0.8], [1.0, 2.0]], rtol=1e-6
+    )
+
+
+def test_score_at_the_threshold_is_id() -> None:
+    """An image whose score equals the threshold to the last bit is ID."""
+    images = torch.full((1, 3, 2, 2), 102, dtype=torch.uint8)
+    free = brightness_detector(np.ones(1, dtype=np.float32), threshold=0)
+    score = free.detect(images).scores
+
+    at = brightness_detector(score, threshold=float(score[0])).detect(images)
+    above = brightness_detector(score, threshold=float(np.nextafter(score[0], np.float32(9))))
+
+    assert not at.is_ood[0]
+    assert above.detect(images).is_ood[0]
+
+
+def test_types(detector: Detector) -> None:
+    """Everything comes back as numpy arrays of float32 (p-values float64), one entry an image."""
+    detections = detector.detect(pictures(5))
+
+    assert logits_of(detections).shape == (5, 10)
+    assert logits_of(detections).dtype == np.float32
+    for values, dtype in (
+        (detections.feature_norms, "float32"),
+        (detections.scores, "float32"),
+        (detections.p_values, "float64"),
+        (detections.is_ood, "bool"),
+    ):
+        assert values.shape == (5,)
+        assert values.dtype.name == dtype
+
+
+def test_company_does_not_matter(detector: Detector) -> None:
+    """An image scores the same alone and in batches of any size, within the tolerance."""
+    images = pictures(17, first=200)
+    together = detector.detect(images)
+    alone = [detector.detect(image[None]) for image in images]
+    by_four = [detector.detect(images[start : start + 4]) for start in range(0, 17, 4)]
+
+    for parts in (alone, by_four):
+        scores = np.concatenate([part.scores for part in parts])
+        np.testing.assert_allclose(scores, together.scores, rtol=BATCH_TOLERANCE)
+        np.testing.assert_allclose(
+            np.concatenate([logits_of(part) for part in parts]),
+            logits_of(together),
+            rtol=1e-3,
+            atol=1e-4,
+        )
+
+
+def test_verdict_agrees_with_the_p_value(detector: Detector) -> None:
+    """An image is OOD exactly when its p-value is at most alpha; both verdicts occur."""
+    detections = detector.detect(pictures(99, first=300))
+
+    exact = [Fraction(round(value * 100), 100) for value in detections.p_values]
+    assert detections.is_ood.tolist() == [value <= Fraction(str(ALPHA)) for value in exact]
+    assert 0 < detections.is_ood.sum() < 99
+
+
+def test_calibration_images_again(network: nn.Module, detector: Detector) -> None:
+    """Of its own 99 calibration images k - 1 = 19 lie below the threshold."""
+    assert detector.detect(pictures(99)).is_ood.sum() == 19
+
+
+def test_logits_are_the_classifier_s(network: nn.Module, detector: Detector) -> None:
+    """The detector changes nothing of the classifier's answer."""
+    images = pictures(4)
+    with torch.inference_mode():
+        expected = network(CIFAR_PREPROCESSING.normalise(images))
+
+    np.testing.assert_array_equal(logits_of(detector.detect(images)), expected.numpy())
