@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"normgate: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("normgate: interrupted; nothing was written", file=sys.stderr)
+        print(f"normgate: interrupted{options.on_interrupt}", file=sys.stderr)
         return _INTERRUPTED
     return 0
 
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="normgate",
         description="Tells for every image whether a classifier was trained for images like it.",
     )
+    parser.set_defaults(on_interrupt="")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_calibrate(commands)
@@ -63,7 +64,7 @@ def _add_serve(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    flags = {name: value for name, value in vars(options).items() if name != "command"}
+    flags = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
     settings = Settings.read(flags)
     from app.main import serve
 
@@ -129,7 +130,7 @@ def _add_calibrate(commands: Any) -> None:
     parser.add_argument("--batch-size", type=_at_least(1), default=64, metavar="N")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     _add_model_store(parser)
-    parser.set_defaults(command=_calibrate)
+    parser.set_defaults(command=_calibrate, on_interrupt="; nothing was written")
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -165,7 +166,7 @@ def _calibrate(options: argparse.Namespace) -> None:
                 batch_size=options.batch_size,
                 device=options.device,
             ),
-            Store(options.model_store),
+            Store(_offline_settings(options).model_store),
             progress=progress,
         )
     print_calibration(calibration)
@@ -206,7 +207,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from app.store import Store
 
     name, version = _bundle_id(options.bundle)
-    loaded = Store(options.model_store).load(name, version)
+    settings = _offline_settings(options)
+    loaded = Store(settings.model_store).load(
+        name, version, allowed_factories=settings.allowed_factories
+    )
     with TerminalProgress() as progress:
         evaluation = evaluate(
             loaded,
@@ -235,7 +239,7 @@ def _models(options: argparse.Namespace) -> None:
     from app.offline.terminal import print_models
     from app.store import Store
 
-    print_models(Store(options.model_store))
+    print_models(Store(_offline_settings(options).model_store))
 
 
 def _add_model_store(parser: argparse.ArgumentParser) -> None:
@@ -243,10 +247,15 @@ def _add_model_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-store",
         type=Path,
-        default=field.default,
         metavar="DIR",
-        help=f"{field.description} (default: {field.default})",
+        help=f"{field.description} (default: $NORMGATE_MODEL_STORE, else {field.default})",
     )
+
+
+def _offline_settings(options: argparse.Namespace) -> Settings:
+    """The service's settings, of which offline commands share the store and what may run."""
+    flags = {} if options.model_store is None else {"model_store": options.model_store}
+    return Settings.read(flags)
 
 
 def _at_least(bound: int) -> Callable[[str], int]:

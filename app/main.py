@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 
 import uvicorn
@@ -78,7 +78,9 @@ def serve(settings: Settings) -> None:
     with _listen(settings) as listener:
         host, port = listener.getsockname()[:2]
         print(f"NormGate listens on http://{host}:{port}", flush=True)
-        server.run(sockets=[listener])
+        # Everything was answered by then; uvicorn raises the signal once more for its caller.
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
     if failures:
         raise failures[0]
 

@@ -65,7 +65,9 @@ class Settings(BaseSettings):
         """
         known = {PREFIX + name.upper() for name in cls.model_fields} | _NOT_SETTINGS
         unknown = sorted(
-            name for name in os.environ if name.startswith(PREFIX) and name not in known
+            name
+            for name in os.environ
+            if name.upper().startswith(PREFIX) and name.upper() not in known
         )
         if unknown:
             raise SettingsError(f"unknown setting {', '.join(unknown)} in the environment")

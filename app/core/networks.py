@@ -76,7 +76,7 @@ def build(architecture: Architecture) -> nn.Module:
     builder = _BUILDERS[architecture.family]
     try:
         network = builder(architecture.name, **architecture.arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise NetworkError(
             f"{architecture.id} with arguments {architecture.arguments}: {error}"
         ) from error
