@@ -245,7 +245,8 @@ def _open(data: bytes) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     # Corrupt EXIF does not make the pixels unreadable: such an image is taken as stored.
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        # Not image.getexif(): for a PNG that decodes the pixels, which nobody has accepted yet.
+        return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
     except _DECODE_ERRORS:
         return 1
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from pydantic import ValidationError
 
 from app.core.images import (
@@ -31,7 +31,7 @@ from app.errors import (
     UndecodableImageError,
     UnsupportedImageError,
 )
-from tests.pictures import huge_png_header, pixels
+from tests.pictures import encoded, huge_png_header, pixels
 
 LOSSLESS: dict[str, dict[str, Any]] = {"PNG": {}, "BMP": {}, "WEBP": {"lossless": True}}
 PLAIN = Preprocessing(resize=32, crop=32, mean=(0, 0, 0), std=(1, 1, 1))
@@ -434,3 +434,18 @@ def test_installed_decoder() -> None:
     assert decoder.reference_sha256 == hashlib.sha256(reference.tobytes()).hexdigest()
     assert decoder.jpeg.startswith("simplejpeg ")
     assert decoder.other.startswith("pillow ")
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_header_decodes_nothing(image_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a header never decodes, so that a small file cannot ask for much memory."""
+
+    def refuse(image: ImageFile.ImageFile) -> None:
+        raise AssertionError(f"{image.format} was decoded")
+
+    data = encoded(1, image_format)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+
+    header = read_header(data)
+
+    assert (header.width, header.height) == (32, 32)
