@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -112,6 +113,17 @@ def test_sigterm_answers_what_was_accepted() -> None:
 
     assert response.status_code == 200
     assert len(response.json()["results"]) == 500
+
+
+def test_a_body_that_never_arrives() -> None:
+    """The deadline covers the upload: a client that stops sending is answered 504."""
+    with serving(["--deadline-ms", "300"]) as server:
+        address = httpx.URL(server.url)
+        with socket.create_connection((address.host, address.port or 0), START_S) as client:
+            client.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nabc")
+            status_line = client.recv(4096).partition(b"\r\n")[0]
+
+    assert status_line.startswith(b"HTTP/1.1 504")
 
 
 @pytest.mark.parametrize(

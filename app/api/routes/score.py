@@ -1,5 +1,6 @@
 """``POST /v1/score``: verdicts and predictions for one or more images."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Final
@@ -14,7 +15,7 @@ from app.api.disconnect import unless_disconnected
 from app.api.problems import responses
 from app.api.schemas import ScoreResponse
 from app.api.upload import FIELD, Upload, read_uploads
-from app.errors import ImageError
+from app.errors import DeadlineExceededError, ImageError
 from app.serving.pool import LoadedModel
 from app.serving.worker import Detection
 
@@ -63,7 +64,11 @@ async def score(
     started = time.monotonic()
     with metrics.in_flight.track_inprogress():
         loaded = service.model(model, version)
-        uploads = await read_uploads(request, max_bytes=settings.max_upload_bytes)
+        try:
+            async with asyncio.timeout(settings.deadline_ms / 1000):
+                uploads = await read_uploads(request, max_bytes=settings.max_upload_bytes)
+        except TimeoutError:
+            raise DeadlineExceededError("the deadline passed before the body had arrived") from None
         metrics.observe_stage("read", time.monotonic() - started)
         results = await unless_disconnected(
             request,
