@@ -6,7 +6,7 @@ The default makes the weights of the bundled model::
 
 5,000 training images are held out for the threshold; the test images are scored once, at the
 end, to report the accuracy. The weights saved are an exponential moving average of the last
-epochs. On a CPU the forward pass runs in bf16 where that is faster; the weights stay fp32.
+epochs. The forward pass runs in bf16; the weights stay fp32.
 """
 
 import argparse
