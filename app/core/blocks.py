@@ -8,7 +8,7 @@ read after its normalisation and activation.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -42,6 +42,7 @@ class BlockNorms:
         self._network = network
         self._blocks = blocks
         self._norms: dict[str, Tensor] = {}
+        self._stops_at_last_block = False
 
     def run(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits and the FeatureNorms at every block, from one forward pass.
@@ -52,19 +53,50 @@ class BlockNorms:
         Returns:
             Logits ``[B, classes]`` float32, and ``[B]`` float32 for each block's name.
         """
+        with self._hooked():
+            logits: Tensor = self._network(inputs)
+        return logits.float(), self._collected()
+
+    def run_to_last_block(self, inputs: Tensor) -> dict[str, Tensor]:
+        """The FeatureNorms alone; what the network computes after the last block is left out.
+
+        The modules up to there run as in :meth:`run`, so the norms are the same to the bit.
+
+        Args:
+            inputs: as for :meth:`run`.
+
+        Returns:
+            ``[B]`` float32 for each block's name.
+        """
+        with self._hooked(), suppress(_LastBlockRead):
+            self._stops_at_last_block = True
+            self._network(inputs)
+        return self._collected()
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
         self._norms = {}
+        self._stops_at_last_block = False
         with ExitStack() as hooks:
             for block in self._blocks:
                 module = self._network.get_submodule(block.name)
                 hooks.callback(module.register_forward_hook(self._reader(block)).remove)
-            logits: Tensor = self._network(inputs)
-        return logits.float(), {block.name: self._norms[block.name] for block in self._blocks}
+            yield
+
+    def _collected(self) -> dict[str, Tensor]:
+        return {block.name: self._norms[block.name] for block in self._blocks}
 
     def _reader(self, block: Block) -> Callable[[nn.Module, Any, Tensor], None]:
         def read(module: nn.Module, inputs: Any, output: Tensor) -> None:
             self._norms[block.name] = feature_norm(output, layout=block.layout)
+            if self._stops_at_last_block and len(self._norms) == len(self._blocks):
+                raise _LastBlockRead
 
         return read
+
+
+class _LastBlockRead(Exception):
+    """Every block has been read."""
 
 
 @dataclass

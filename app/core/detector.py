@@ -21,23 +21,32 @@ BATCH_TOLERANCE: Final = 1e-4
 Convolution kernels are chosen by batch size and sum in another order.
 """
 
-Score = Callable[[Tensor, Tensor], Tensor]
+Score = Callable[[Tensor, Tensor | None], Tensor]
 
 SCORES: Final[Mapping[ScoreName, Score]] = {
     "feature_norm": lambda feature_norms, logits: feature_norms,
 }
 """Each score, higher meaning more in-distribution, from FeatureNorms ``[B]`` and logits."""
 
+SCORES_WITHOUT_LOGITS: Final[frozenset[ScoreName]] = frozenset({"feature_norm"})
+"""Those for which a verdict needs the network only up to the selected block."""
+
 
 @dataclass(frozen=True)
-class Detections:
-    """What one batch of ``B`` images gave; all on the CPU."""
+class Verdicts:
+    """What one batch of ``B`` images was judged to be; all on the CPU."""
 
-    logits: NDArray[np.float32]
     feature_norms: NDArray[np.float32]
     scores: NDArray[np.float32]
     p_values: NDArray[np.float64]
     is_ood: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Detections(Verdicts):
+    """Verdicts and the classifier's logits ``[B, classes]``."""
+
+    logits: NDArray[np.float32]
 
 
 class Detector:
@@ -68,7 +77,7 @@ class Detector:
         self._norms = BlockNorms(network, [block])
         self._block = block
         self._preprocessing = preprocessing
-        self._score = SCORES[score]
+        self._score_name = score
         self._threshold = np.float32(threshold)
         self._calibration_scores = calibration_scores
         self._device = next(network.parameters()).device
@@ -84,12 +93,27 @@ class Detector:
             One entry an image, in order. A score depends on the batch it travelled in by less
             than ``BATCH_TOLERANCE``, relatively.
         """
-        inputs = self._preprocessing.normalise(images.to(self._device))
-        logits, norms = self._norms.run(inputs)
-        feature_norms = norms[self._block.name]
-        scores = self._score(feature_norms, logits).cpu().numpy()
-        return Detections(
-            logits=logits.cpu().numpy(),
+        logits, norms = self._norms.run(self._inputs(images))
+        verdicts = self._judge(norms[self._block.name], logits)
+        return Detections(**vars(verdicts), logits=logits.cpu().numpy())
+
+    @torch.inference_mode()
+    def judge(self, images: Tensor) -> Verdicts:
+        """The verdicts of :meth:`detect` without the logits.
+
+        Where the score needs none, the network runs only up to the selected block.
+        """
+        if self._score_name not in SCORES_WITHOUT_LOGITS:
+            return self.detect(images)
+        norms = self._norms.run_to_last_block(self._inputs(images))
+        return self._judge(norms[self._block.name], None)
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        return self._preprocessing.normalise(images.to(self._device))
+
+    def _judge(self, feature_norms: Tensor, logits: Tensor | None) -> Verdicts:
+        scores = SCORES[self._score_name](feature_norms, logits).cpu().numpy()
+        return Verdicts(
             feature_norms=feature_norms.cpu().numpy(),
             scores=scores,
             p_values=p_values(scores, self._calibration_scores),

@@ -188,3 +188,17 @@ def test_hooks_and_gradients_are_left_as_found() -> None:
 
     assert all(parameter.requires_grad for parameter in network.parameters())
     assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_stopping_at_the_last_block() -> None:
+    """Norms of a run that ends early are those of the whole run; the next run is whole again."""
+    network = residual_network().eval()
+    norms = BlockNorms(network, [Block("0", "maps"), Block("2", "maps")])
+    images = torch.randn(3, 3, 8, 8)
+
+    early = norms.run_to_last_block(images)
+
+    logits, whole = norms.run(images)
+    assert all(torch.equal(early[name], whole[name]) for name in ("0", "2"))
+    assert torch.equal(logits, network(images))
+    assert not any(module._forward_hooks for module in network.modules())

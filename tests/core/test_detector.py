@@ -178,3 +178,24 @@ def test_logits_are_the_classifier_s(network: nn.Module, detector: Detector) -> 
         expected = network(CIFAR_PREPROCESSING.normalise(images))
 
     np.testing.assert_array_equal(logits_of(detector.detect(images)), expected.numpy())
+
+
+def test_judging_is_detecting_without_logits(network: nn.Module, detector: Detector) -> None:
+    """Verdicts are the same to the bit, and nothing behind the selected block runs."""
+    images = pictures(7, first=400)
+    behind: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda module, *_: behind.append(type(module).__name__))
+        for module in (network.get_submodule("layer4.1"), network.get_submodule("fc"))
+    ]
+    try:
+        verdicts = detector.judge(images)
+        assert behind == []
+        detections = detector.detect(images)
+        assert len(behind) == 2
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    for name in ("feature_norms", "scores", "p_values", "is_ood"):
+        np.testing.assert_array_equal(getattr(verdicts, name), getattr(detections, name))
