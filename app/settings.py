@@ -3,9 +3,9 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.errors import SettingsError
@@ -13,6 +13,11 @@ from app.errors import SettingsError
 PREFIX: Final = "NORMGATE_"
 _NOT_SETTINGS: Final = frozenset({"NORMGATE_DATA"})
 """Read by the benchmarks and tests, which may share their environment with a server."""
+
+
+_SECRETS: Final = frozenset({"api_keys", "admin_token"})
+DECODED_BYTES_PER_PIXEL: Final = 9
+"""What decoding may hold for each pixel: a progressive JPEG's coefficients, then RGB."""
 
 
 class Settings(BaseSettings):
@@ -40,21 +45,100 @@ class Settings(BaseSettings):
     deadline_ms: float = Field(
         10_000, gt=0, description="longest time from a request's arrival to its answer"
     )
+    max_deadline_ms: float = Field(
+        60_000, gt=0, description="largest deadline a request may ask for"
+    )
     max_upload_bytes: int = Field(
         32 * 2**20, ge=1, description="largest request body, counted while it is read"
     )
     max_pixels: int = Field(
         50_000_000, ge=1, description="largest width times height, checked before decoding"
     )
+    max_inflight_bytes: int = Field(
+        2**30, ge=1, description="bytes of uploads and decoded pixels held at once"
+    )
+    max_jpeg_scans: int = Field(
+        100, ge=1, description="most scans of a JPEG; each costs another pass over its pixels"
+    )
     decode_threads: int = Field(2, ge=1, le=256, description="threads that decode images")
+    heartbeat_s: float = Field(
+        30, gt=0, description="longest a batch may take before the service is called unready"
+    )
+    shutdown_grace_s: float = Field(
+        5, ge=0, le=3600, description="how long SIGTERM lets it serve on, unready, before it drains"
+    )
+    kept_versions: int = Field(
+        1, ge=1, le=100, description="newest versions of each model that are loaded at once"
+    )
+    watch_s: float = Field(
+        0, ge=0, description="how often the store is searched for new versions; 0: never"
+    )
+    on_new_version: Literal["activate", "shadow", "report"] = Field(
+        "activate", description="what a refresh does with a new version: activate, shadow or report"
+    )
+    shadow_share: float = Field(
+        0.1, gt=0, le=1, description="share of live images that a shadow version scores too"
+    )
+    upstream_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/?#]+(/[^?#]*)?$",
+        description="classifier behind /v1/proxy; default: the proxy does not exist",
+    )
+    upstream_timeout_s: float = Field(
+        30, gt=0, description="longest silence of the upstream before 504"
+    )
+    upstream_connections: int = Field(
+        100, ge=1, description="most connections to the upstream at once"
+    )
+    gate_policy: Literal["block", "tag"] = Field(
+        "block", description="what the proxy does with ood images: block (422) or tag (forward)"
+    )
+    gate_on_failure: Literal["closed", "open"] = Field(
+        "closed", description="images that get no verdict: closed refuses them, open lets them pass"
+    )
+    api_keys: tuple[SecretStr, ...] = Field(
+        (), description='keys one of which /v1 and /v2 then ask for, as JSON: ["..."]'
+    )
+    admin_token: SecretStr | None = Field(
+        None, description="token of the admin routes; without one they do not exist"
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), description='web origins whose scripts may call, as JSON: ["https://..."]'
+    )
+    docs: bool = Field(True, description="whether /docs and /openapi.json are served")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severity that is logged"
+    )
+    access_log_sample: float = Field(
+        1, ge=0, le=1, description="share of answered requests that are logged; failures all are"
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://.+$",
+        description="OpenTelemetry collector that traces are sent to; needs the otel extra",
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
 
-    @field_validator("allowed_factories", mode="before")
+    @field_validator("allowed_factories", "api_keys", "cors_origins", mode="before")
     @classmethod
     def _from_json(cls, value: Any) -> Any:
         # The environment's text arrives parsed, a flag's does not.
         return json.loads(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _limits_fit(self) -> Self:
+        needed = self.max_upload_bytes + DECODED_BYTES_PER_PIXEL * self.max_pixels
+        if self.max_inflight_bytes < needed:
+            raise ValueError(
+                f"max_inflight_bytes is {self.max_inflight_bytes}; one image of max_upload_bytes "
+                f"and max_pixels may need {needed}"
+            )
+        if self.deadline_ms > self.max_deadline_ms:
+            raise ValueError(
+                f"deadline_ms is {self.deadline_ms:g}; max_deadline_ms is {self.max_deadline_ms:g}"
+            )
+        return self
 
     @classmethod
     def read(cls, flags: dict[str, Any]) -> Self:
@@ -80,5 +164,9 @@ class Settings(BaseSettings):
 
 
 def _describe(problem: Any) -> str:
-    name = ".".join(map(str, problem["loc"]))
-    return f"{PREFIX}{name.upper()} is {problem['input']!r}: {problem['msg']}"
+    if not problem["loc"]:  # about several settings; the message names them
+        return str(problem["msg"]).removeprefix("Value error, ")
+    name = str(problem["loc"][0])
+    # A key must not end up in a log.
+    value = "not shown" if name in _SECRETS else repr(problem["input"])
+    return f"{PREFIX}{name.upper()} is {value}: {problem['msg']}"
