@@ -14,8 +14,12 @@
     ├── SettingsError                a setting is unknown or out of bounds
     └── ServingError                 a request cannot be answered now, or ever
         ├── MalformedRequestError    the request is not one the service understands
+        ├── UnauthorizedError        no valid credentials
+        ├── ForbiddenError           valid credentials that do not suffice
         ├── RequestTooLargeError     the body has more bytes than the limit
-        ├── QueueFullError           no room in the queue; come back after ``retry_after_s``
+        ├── BusyError                no room now; come back after ``retry_after_s``
+        │   ├── QueueFullError       too many images wait
+        │   └── MemoryBudgetError    too many bytes are in flight
         ├── NotReadyError            the models are still loading, or the service is draining
         ├── DeadlineExceededError    the deadline passed before the answer
         └── ForwardError             the network failed on the batch
@@ -70,6 +74,14 @@ class MalformedRequestError(ServingError):
     """The request is not one the service understands."""
 
 
+class UnauthorizedError(ServingError):
+    """No valid credentials."""
+
+
+class ForbiddenError(ServingError):
+    """Valid credentials that do not suffice."""
+
+
 class RequestTooLargeError(ServingError):
     """The body has more bytes than the limit."""
 
@@ -82,8 +94,8 @@ class ForwardError(ServingError):
     """The network failed on the batch."""
 
 
-class QueueFullError(ServingError):
-    """No room in the queue.
+class BusyError(ServingError):
+    """No room now.
 
     Args:
         message: fit for a client.
@@ -93,6 +105,14 @@ class QueueFullError(ServingError):
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QueueFullError(BusyError):
+    """Too many images wait, or too long for the deadline."""
+
+
+class MemoryBudgetError(BusyError):
+    """Too many bytes are in flight."""
 
 
 class NotReadyError(ServingError):

@@ -14,14 +14,18 @@ from starlette.responses import Response
 
 from app.errors import (
     BundleNotFoundError,
+    BusyError,
     DeadlineExceededError,
+    ForbiddenError,
     ForwardError,
     ImageTooLargeError,
     MalformedRequestError,
+    MemoryBudgetError,
     NormGateError,
     NotReadyError,
     QueueFullError,
     RequestTooLargeError,
+    UnauthorizedError,
     UndecodableImageError,
     UnsupportedImageError,
 )
@@ -33,12 +37,15 @@ _CLIENT_CLOSED_REQUEST: Final = 499
 
 STATUS: Final[Mapping[type[NormGateError], int]] = {
     MalformedRequestError: 400,
+    UnauthorizedError: 401,
+    ForbiddenError: 403,
     BundleNotFoundError: 404,
     RequestTooLargeError: 413,
     UnsupportedImageError: 415,
     ImageTooLargeError: 422,
     UndecodableImageError: 422,
     QueueFullError: 429,
+    MemoryBudgetError: 429,
     ForwardError: 500,
     NotReadyError: 503,
     DeadlineExceededError: 504,
@@ -46,11 +53,14 @@ STATUS: Final[Mapping[type[NormGateError], int]] = {
 REASONS: Final[Mapping[type[NormGateError], RejectReason]] = {
     MalformedRequestError: "malformed",
     BundleNotFoundError: "malformed",
+    UnauthorizedError: "unauthorized",
+    ForbiddenError: "unauthorized",
     RequestTooLargeError: "too_large",
     ImageTooLargeError: "too_large",
     UnsupportedImageError: "unsupported",
     UndecodableImageError: "undecodable",
     QueueFullError: "queue_full",
+    MemoryBudgetError: "memory",
     ForwardError: "failed",
     NotReadyError: "not_ready",
     DeadlineExceededError: "deadline",
@@ -101,8 +111,10 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         status = STATUS.get(type(error), 500)
         detail = str(error) if status != 500 else "the server failed on this request"
         headers = {}
-        if isinstance(error, QueueFullError | NotReadyError):
+        if isinstance(error, BusyError | NotReadyError):
             headers["Retry-After"] = str(error.retry_after_s)
+        if isinstance(error, UnauthorizedError):
+            headers["WWW-Authenticate"] = "Bearer"
         return problem(request, status=status, detail=detail, headers=headers)
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:

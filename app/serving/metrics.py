@@ -16,6 +16,8 @@ RejectReason = Literal[
     "unsupported",
     "undecodable",
     "queue_full",
+    "memory",
+    "unauthorized",
     "not_ready",
     "deadline",
     "abandoned",
