@@ -43,7 +43,11 @@ Pixels = NDArray[np.uint8]
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 DEFAULT_MAX_PIXELS: Final = 50_000_000
+DEFAULT_MAX_SCANS: Final = 100
+"""A progressive JPEG as encoders write it has about ten."""
 REFERENCE_JPEG: Final = Path(__file__).with_name("reference.jpg")
+
+_START_OF_SCAN: Final = b"\xff\xda"
 
 # What Pillow and its plugins raise on hostile bytes, beside its documented OSError.
 _DECODE_ERRORS: Final = (
@@ -77,16 +81,19 @@ class ImageHeader:
         return self.width * self.height
 
 
-def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> ImageHeader:
+def read_header(
+    data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, max_scans: int = DEFAULT_MAX_SCANS
+) -> ImageHeader:
     """Format, size and EXIF orientation of an image, read without decoding it.
 
     Args:
         data: the file's bytes.
         max_pixels: largest accepted width times height.
+        max_scans: most scans of a JPEG, each of which may visit every pixel again.
 
     Raises:
         UnsupportedImageError: the first bytes are none of ``FORMATS``.
-        ImageTooLargeError: the image has more than ``max_pixels`` pixels.
+        ImageTooLargeError: the image has more than ``max_pixels`` pixels, or ``max_scans`` scans.
         UndecodableImageError: the header is truncated or corrupt.
     """
     with _open(data) as image:
@@ -102,15 +109,20 @@ def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> ImageHe
             f"image is {header.width}x{header.height} pixels ({header.pixels / 1e6:.1f} MP); "
             f"the limit is {max_pixels / 1e6:.1f} MP"
         )
+    if header.format == "JPEG":
+        _check_scans(data, max_scans)
     return header
 
 
-def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
+def decode(
+    data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, max_scans: int = DEFAULT_MAX_SCANS
+) -> Pixels:
     """The upright RGB pixels of an image: first frame, alpha over white, 8 bits a channel.
 
     Args:
         data: the bytes of a JPEG, PNG, WebP, GIF or BMP file.
         max_pixels: largest accepted width times height, checked before decoding.
+        max_scans: most scans of a JPEG, checked before decoding.
 
     Returns:
         ``[H, W, 3]`` uint8, rotated as the EXIF orientation says.
@@ -118,7 +130,15 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
     Raises:
         ImageError: the bytes are not an image that can be scored.
     """
-    header = read_header(data, max_pixels=max_pixels)
+    return decode_accepted(data, read_header(data, max_pixels=max_pixels, max_scans=max_scans))
+
+
+def decode_accepted(data: bytes, header: ImageHeader) -> Pixels:
+    """As :func:`decode`, for an image whose header has been read and accepted.
+
+    Raises:
+        UndecodableImageError: the pixels are truncated or corrupt.
+    """
     if header.format == "JPEG" and header.mode in ("L", "RGB"):
         pixels = _decode_jpeg(data)
     else:
@@ -232,6 +252,13 @@ def _sniff(data: bytes) -> str:
         f"{len(data)} bytes that start with {data[:8].hex() or 'nothing'} are not an image; "
         f"accepted formats: {', '.join(FORMATS)}"
     )
+
+
+def _check_scans(data: bytes, max_scans: int) -> None:
+    # Entropy-coded data never holds these two bytes: a marker's 0xff is stuffed there.
+    scans = data.count(_START_OF_SCAN)
+    if scans > max_scans:
+        raise ImageTooLargeError(f"JPEG has {scans} scans; the limit is {max_scans}")
 
 
 def _open(data: bytes) -> Image.Image:

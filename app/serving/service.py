@@ -33,7 +33,6 @@ class ScoringService:
             max_batch_size=settings.max_batch_size,
             queue_size=settings.queue_size,
             max_wait_s=settings.max_wait_ms / 1000,
-            workers=len(devices),
             on_drop=self._count_dropped,
         )
         self._workers = [Worker(device, self._batcher, metrics) for device in devices]
