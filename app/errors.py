@@ -10,7 +10,8 @@
     ├── NetworkError                 a network cannot be built, loaded or read
     ├── CalibrationError             the images cannot carry the calibration asked for
     ├── BundleError                  a bundle is missing, damaged or not for this installation
-    │   └── BundleNotFoundError      no bundle of that name and version
+    │   ├── BundleNotFoundError      no bundle of that name and version
+    │   └── ActivationError          a bundle cannot serve; what answered before still does
     ├── SettingsError                a setting is unknown or out of bounds
     └── ServingError                 a request cannot be answered now, or ever
         ├── MalformedRequestError    the request is not one the service understands
@@ -22,7 +23,9 @@
         │   └── MemoryBudgetError    too many bytes are in flight
         ├── NotReadyError            the models are still loading, or the service is draining
         ├── DeadlineExceededError    the deadline passed before the answer
-        └── ForwardError             the network failed on the batch
+        ├── ForwardError             the network failed on the batch
+        └── UpstreamError            the classifier behind the proxy cannot be reached, or broke off
+            └── UpstreamTimeoutError it was silent for too long
 """
 
 
@@ -62,6 +65,10 @@ class BundleNotFoundError(BundleError):
     """No bundle of that name and version."""
 
 
+class ActivationError(BundleError):
+    """A bundle cannot serve; what answered before still does."""
+
+
 class SettingsError(NormGateError):
     """A setting is unknown or out of bounds."""
 
@@ -92,6 +99,14 @@ class DeadlineExceededError(ServingError):
 
 class ForwardError(ServingError):
     """The network failed on the batch."""
+
+
+class UpstreamError(ServingError):
+    """The classifier behind the proxy cannot be reached, or broke off."""
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """It was silent for too long."""
 
 
 class BusyError(ServingError):

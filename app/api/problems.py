@@ -13,6 +13,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from app.errors import (
+    ActivationError,
+    BundleError,
     BundleNotFoundError,
     BusyError,
     DeadlineExceededError,
@@ -28,6 +30,8 @@ from app.errors import (
     UnauthorizedError,
     UndecodableImageError,
     UnsupportedImageError,
+    UpstreamError,
+    UpstreamTimeoutError,
 )
 from app.serving.metrics import Metrics, RejectReason
 
@@ -40,6 +44,8 @@ STATUS: Final[Mapping[type[NormGateError], int]] = {
     UnauthorizedError: 401,
     ForbiddenError: 403,
     BundleNotFoundError: 404,
+    ActivationError: 409,
+    BundleError: 409,
     RequestTooLargeError: 413,
     UnsupportedImageError: 415,
     ImageTooLargeError: 422,
@@ -47,12 +53,16 @@ STATUS: Final[Mapping[type[NormGateError], int]] = {
     QueueFullError: 429,
     MemoryBudgetError: 429,
     ForwardError: 500,
+    UpstreamError: 502,
     NotReadyError: 503,
     DeadlineExceededError: 504,
+    UpstreamTimeoutError: 504,
 }
 REASONS: Final[Mapping[type[NormGateError], RejectReason]] = {
     MalformedRequestError: "malformed",
     BundleNotFoundError: "malformed",
+    ActivationError: "failed",
+    BundleError: "failed",
     UnauthorizedError: "unauthorized",
     ForbiddenError: "unauthorized",
     RequestTooLargeError: "too_large",
@@ -64,6 +74,8 @@ REASONS: Final[Mapping[type[NormGateError], RejectReason]] = {
     ForwardError: "failed",
     NotReadyError: "not_ready",
     DeadlineExceededError: "deadline",
+    UpstreamError: "upstream",
+    UpstreamTimeoutError: "upstream",
 }
 
 
