@@ -13,12 +13,15 @@ MODULES = sorted((ROOT / "app").rglob("*.py"))
 ALLOWED = {
     "errors": set[str](),
     "settings": set[str](),
+    "logs": set[str](),
     "core": set[str](),
     "store": {"core"},
     "offline": {"core", "store"},
     "serving": {"core", "store", "settings"},
     "api": {"core", "store", "serving", "settings"},
-    "main": {"core", "store", "serving", "settings", "api"},
+    "tracing": {"serving", "api"},
+    "main": {"core", "store", "serving", "settings", "api", "logs", "tracing"},
+    "client": set[str](),
     "cli": {"core", "store", "offline", "serving", "settings", "api", "main"},
 }
 
