@@ -2,19 +2,18 @@
 
 import asyncio
 import logging
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 
-import uvicorn
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from app.api import problems
+from app.api.admission import AdmissionMiddleware
 from app.api.request_id import RequestIdMiddleware
 from app.api.routes import models, operations, score
-from app.core.allocator import keep_memory
-from app.errors import NormGateError, SettingsError
+from app.errors import NormGateError
 from app.serving.metrics import Metrics
 from app.serving.service import ScoringService
 from app.settings import Settings
@@ -23,23 +22,28 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(
-    settings: Settings, *, on_start_failure: Callable[[NormGateError], None] | None = None
+    settings: Settings, *, on_started: Callable[[NormGateError | None], None] | None = None
 ) -> FastAPI:
-    """The ASGI application.
+    """The ASGI application; ``app.state.service`` is what it serves.
 
     It listens at once and is ready when its models are loaded and warm.
 
     Args:
         settings: checked already.
-        on_start_failure: told when a model cannot be loaded; the application then stays unready.
+        on_started: told when the models are loaded, or why they cannot be; the application then
+            stays unready.
     """
     metrics = Metrics()
     service = ScoringService(settings, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(_start(service, on_start_failure))
+        starting = asyncio.create_task(_start(service, on_started))
+        watching = asyncio.create_task(_watch(service, settings, starting))
         yield
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
         await starting
         await asyncio.to_thread(service.stop)
 
@@ -50,62 +54,57 @@ def create_app(
             "Tells, for every image, whether the classifier was trained for images like it."
         ),
         lifespan=lifespan,
+        docs_url="/docs" if settings.docs else None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if settings.docs else None,
     )
     app.state.settings, app.state.metrics, app.state.service = settings, metrics, service
-    app.add_middleware(RequestIdMiddleware)
+    _add_middleware(app, settings, metrics, service)
     problems.install(app, metrics)
-    for router in (score.router, models.router, operations.router):
+    routers = [score.router, models.router, operations.router]
+    if settings.admin_token is not None:
+        routers.append(models.admin_router)
+    for router in routers:
         app.include_router(router)
     return app
 
 
-def serve(settings: Settings) -> None:
-    """Listen until SIGTERM or SIGINT, then answer what was accepted and return.
-
-    Raises:
-        SettingsError: the address cannot be listened on.
-        BundleError: a model cannot be loaded.
-    """
-    keep_memory()
-    failures: list[NormGateError] = []
-
-    def give_up(error: NormGateError) -> None:
-        failures.append(error)
-        server.should_exit = True
-
-    app = create_app(settings, on_start_failure=give_up)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-    with _listen(settings) as listener:
-        host, port = listener.getsockname()[:2]
-        print(f"NormGate listens on http://{host}:{port}", flush=True)
-        # Everything was answered by then; uvicorn raises the signal once more for its caller.
-        with suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
-    if failures:
-        raise failures[0]
+def _add_middleware(
+    app: FastAPI, settings: Settings, metrics: Metrics, service: ScoringService
+) -> None:
+    # The last one added is the first to see a request.
+    app.add_middleware(AdmissionMiddleware, service=service, metrics=metrics, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(RequestIdMiddleware)
 
 
 async def _start(
-    service: ScoringService, on_failure: Callable[[NormGateError], None] | None
+    service: ScoringService, on_started: Callable[[NormGateError | None], None] | None
 ) -> None:
+    failure: NormGateError | None = None
     try:
         await asyncio.to_thread(service.start)
     except NormGateError as error:
-        if on_failure is None:
-            raise
-        on_failure(error)
+        failure = error
     except Exception as error:
         logger.exception("the models could not be loaded")
-        if on_failure is None:
-            raise
-        on_failure(NormGateError(f"the models could not be loaded: {error}"))
+        failure = NormGateError(f"the models could not be loaded: {error}")
+    if on_started is not None:
+        on_started(failure)
+    elif failure is not None:
+        raise failure
 
 
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    except OSError as error:
-        raise SettingsError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"
-        ) from error
+async def _watch(
+    service: ScoringService, settings: Settings, starting: "asyncio.Task[None]"
+) -> None:
+    await asyncio.wait([starting])
+    if settings.watch_s:
+        await service.watch()

@@ -22,7 +22,8 @@ ALLOWED = {
     "tracing": {"serving", "api"},
     "main": {"core", "store", "serving", "settings", "api", "logs", "tracing"},
     "client": set[str](),
-    "cli": {"core", "store", "offline", "serving", "settings", "api", "main"},
+    "server": {"core", "store", "serving", "settings", "api", "main"},
+    "cli": {"core", "store", "offline", "serving", "settings", "api", "main", "server"},
 }
 
 

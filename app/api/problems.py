@@ -114,20 +114,25 @@ def problem(
     return JSONResponse(body.model_dump(), status, headers, media_type=MEDIA_TYPE)
 
 
+def error_response(request: Request, error: NormGateError, metrics: Metrics) -> JSONResponse:
+    """The problem that tells of a domain error, which is counted."""
+    metrics.reject(REASONS.get(type(error), "failed"))
+    status = STATUS.get(type(error), 500)
+    detail = str(error) if status != 500 else "the server failed on this request"
+    headers = {}
+    if isinstance(error, BusyError | NotReadyError):
+        headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return problem(request, status=status, detail=detail, headers=headers)
+
+
 def install(app: FastAPI, metrics: Metrics) -> None:
     """Answer every error of ``app`` with a problem, and count it."""
 
     async def on_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, NormGateError)
-        metrics.reject(REASONS.get(type(error), "failed"))
-        status = STATUS.get(type(error), 500)
-        detail = str(error) if status != 500 else "the server failed on this request"
-        headers = {}
-        if isinstance(error, BusyError | NotReadyError):
-            headers["Retry-After"] = str(error.retry_after_s)
-        if isinstance(error, UnauthorizedError):
-            headers["WWW-Authenticate"] = "Bearer"
-        return problem(request, status=status, detail=detail, headers=headers)
+        return error_response(request, error, metrics)
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

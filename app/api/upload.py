@@ -9,6 +9,7 @@ from fastapi import Request
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from app.api.admission import holding_of
 from app.errors import MalformedRequestError, RequestTooLargeError, UnsupportedImageError
 
 FIELD: Final = "file"
@@ -110,6 +111,8 @@ async def _read_form(request: Request, *, max_bytes: int) -> list[Upload]:
             f"the form has {len(files)} parts named {FIELD!r}, {len(uploads)} of them files; "
             "each must be a file and there must be one at least"
         )
+    if len(uploads) == 1 and not uploads[0].data:
+        raise MalformedRequestError(f"the part named {FIELD!r} is empty; send an image")
     return uploads
 
 
@@ -139,9 +142,10 @@ async def _capped(request: Request, *, max_bytes: int) -> AsyncGenerator[bytes, 
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise RequestTooLargeError(f"the body has {announced} bytes; the limit is {max_bytes}")
-    count = 0
+    holding, count = holding_of(request), 0
     async for chunk in request.stream():
         count += len(chunk)
         if count > max_bytes:
             raise RequestTooLargeError(f"the body has more than {max_bytes} bytes, the limit")
+        holding.grow_to(count)
         yield chunk

@@ -1,6 +1,8 @@
 """The Prometheus families of DESIGN section 4, in a registry of their own."""
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -43,9 +45,11 @@ _SIZE_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 class ScoreMetrics:
     """The series of one model version, bound once so that an image costs no look-up."""
 
-    def __init__(self, families: "ScoreFamilies", bundle: Bundle) -> None:
-        labels = (bundle.name, str(bundle.version))
-        self._threshold = bundle.threshold.value
+    def __init__(
+        self, families: "ScoreFamilies", *, model: str, version: int, threshold: float
+    ) -> None:
+        labels = (model, str(version))
+        self._threshold = threshold
         self._images = {
             is_ood: families.images.labels(*labels, "ood" if is_ood else "id")
             for is_ood in (False, True)
@@ -65,11 +69,12 @@ class ScoreMetrics:
 class ShadowMetrics(ScoreMetrics):
     """The series of a version that looks on, and how often it disagrees."""
 
-    def __init__(self, metrics: "Metrics", bundle: Bundle) -> None:
-        super().__init__(metrics.shadow_scores, bundle)
-        labels = (bundle.name, str(bundle.version))
+    def __init__(self, metrics: "Metrics", *, model: str, version: int, threshold: float) -> None:
+        super().__init__(metrics.shadow_scores, model=model, version=version, threshold=threshold)
         self._disagreements = {
-            is_ood: metrics.shadow_disagreements.labels(*labels, "ood" if is_ood else "id")
+            is_ood: metrics.shadow_disagreements.labels(
+                model, str(version), "ood" if is_ood else "id"
+            )
             for is_ood in (False, True)
         }
 
@@ -173,6 +178,15 @@ class Metrics:
     def observe_stage(self, stage: Stage, seconds: float) -> None:
         """Take one duration in."""
         self._stages[stage].observe(seconds)
+
+    @contextmanager
+    def time_stage(self, stage: Stage) -> Iterator[None]:
+        """Take in how long the context lasts."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.observe_stage(stage, time.monotonic() - started)
 
     def reject(self, reason: RejectReason, count: int = 1) -> None:
         """Count images or requests that got no verdict."""
