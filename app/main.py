@@ -12,10 +12,11 @@ from starlette.middleware.cors import CORSMiddleware
 from app.api import problems
 from app.api.admission import AdmissionMiddleware
 from app.api.request_id import RequestIdMiddleware
-from app.api.routes import models, operations, score
+from app.api.routes import gate, models, operations, proxy, score
 from app.errors import NormGateError
 from app.serving.metrics import Metrics
 from app.serving.service import ScoringService
+from app.serving.upstream import Upstream
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def create_app(
     """
     metrics = Metrics()
     service = ScoringService(settings, metrics)
+    upstream = _upstream(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -46,6 +48,8 @@ def create_app(
             await watching
         await starting
         await asyncio.to_thread(service.stop)
+        if upstream is not None:
+            await upstream.aclose()
 
     app = FastAPI(
         title="NormGate",
@@ -61,7 +65,10 @@ def create_app(
     app.state.settings, app.state.metrics, app.state.service = settings, metrics, service
     _add_middleware(app, settings, metrics, service)
     problems.install(app, metrics)
-    routers = [score.router, models.router, operations.router]
+    routers = [score.router, gate.router, models.router, operations.router]
+    if upstream is not None:
+        app.state.upstream = upstream
+        routers.append(proxy.router)
     if settings.admin_token is not None:
         routers.append(models.admin_router)
     for router in routers:
@@ -83,6 +90,16 @@ def _add_middleware(
             expose_headers=["*"],
         )
     app.add_middleware(RequestIdMiddleware)
+
+
+def _upstream(settings: Settings) -> Upstream | None:
+    if settings.upstream_url is None:
+        return None
+    return Upstream(
+        settings.upstream_url,
+        timeout_s=settings.upstream_timeout_s,
+        connections=settings.upstream_connections,
+    )
 
 
 async def _start(
