@@ -89,6 +89,12 @@ class Problem(BaseModel):
     request_id: str
 
 
+class ErrorMessage(BaseModel):
+    """An error, as the Open Inference Protocol has it."""
+
+    error: str = Field(examples=["no model 'unknown' is loaded; there are: cifar10-resnet18"])
+
+
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI description of the problems a route may answer with."""
     return {
@@ -100,10 +106,20 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def v2_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI description of the errors a route under ``/v2`` may answer with."""
+    return {
+        status: {"description": http.HTTPStatus(status).phrase, "model": ErrorMessage}
+        for status in statuses
+    }
+
+
 def problem(
     request: Request, *, status: int, detail: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """A problem response."""
+    """A problem response; under ``/v2`` the only kind of error that its clients can read."""
+    if request.url.path == "/v2" or request.url.path.startswith("/v2/"):
+        return JSONResponse(ErrorMessage(error=detail).model_dump(), status, headers)
     body = Problem(
         type=f"https://www.rfc-editor.org/rfc/rfc9110#status.{status}",
         title=http.HTTPStatus(status).phrase,

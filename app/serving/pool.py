@@ -19,6 +19,7 @@ from app.core.allocator import return_memory
 from app.core.detector import Detector
 from app.errors import ActivationError, BundleError, BundleNotFoundError
 from app.serving.metrics import Metrics, ScoreMetrics, ShadowMetrics
+from app.serving.statistics import ModelStatistics
 from app.settings import Settings
 from app.store import Bundle, Store
 
@@ -34,6 +35,7 @@ class LoadedModel:
     bundle: Bundle
     detectors: Mapping[str, Detector]
     metrics: ScoreMetrics
+    statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
 
 @dataclass(frozen=True)

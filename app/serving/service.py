@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,6 +17,7 @@ from app.serving.budget import MemoryBudget
 from app.serving.decoding import Decoders
 from app.serving.metrics import Metrics
 from app.serving.pool import LoadedModel, ModelPool, Shadow, VersionState
+from app.serving.statistics import Step
 from app.serving.worker import Detection, ImageBatcher, Work, Worker, device_names
 from app.settings import Settings
 
@@ -174,8 +176,24 @@ class ScoringService:
         Raises:
             ServingError: the service is full, late or shutting down.
         """
+        started = time.monotonic()
+        step: Step = "fail"
+        try:
+            results = await self._score(model, files, deadline=deadline, gate=gate)
+            if not any(isinstance(result, ImageError) for result in results):
+                step = "success"
+        finally:
+            model.statistics.observe(step, time.monotonic() - started)
+        return results
+
+    async def _score(
+        self, model: LoadedModel, files: Sequence[bytes], *, deadline: float, gate: bool
+    ) -> list[Detection | ImageError]:
         with self._batcher.places(len(files), deadline=deadline) as places:
-            images = await self._decode_all(files, model.bundle.preprocessing, deadline=deadline)
+            with model.statistics.timing("compute_input"):
+                images = await self._decode_all(
+                    files, model.bundle.preprocessing, deadline=deadline
+                )
             ready = [image.outcome for image in images if isinstance(image.outcome, Tensor)]
             detections: list[Detection] = []
             if ready:

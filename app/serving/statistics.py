@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
@@ -38,9 +39,10 @@ class Totals:
 class ModelStatistics:
     """The running totals of one model version. Safe in any thread.
 
-    ``success`` and ``fail`` count requests, the other steps images: ``queue`` is the wait for a
-    device, ``compute_input`` decoding, ``compute_infer`` the forward pass of the image's batch
-    and ``compute_output`` the writing of the tensors, under ``/v2``.
+    A request is a ``success`` when all its images were scored. ``queue``, the wait for a device,
+    and ``compute_infer``, the forward pass of an image's batch, are counted for each image;
+    ``compute_input``, the decoding, and ``compute_output``, the writing of tensors under ``/v2``,
+    for each request.
     """
 
     def __init__(self) -> None:
@@ -53,6 +55,15 @@ class ModelStatistics:
         """Take in that a step was taken ``count`` times, in ``seconds`` together."""
         with self._lock:
             self._steps[step] = self._steps[step].plus(count, seconds)
+
+    @contextmanager
+    def timing(self, step: Step) -> Iterator[None]:
+        """Take in the time that the context takes."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.observe(step, time.monotonic() - started)
 
     def observe_batch(self, *, waits_s: Sequence[float], forward_s: float) -> None:
         """Take in a batch that was answered: the wait of each image, and the forward pass."""

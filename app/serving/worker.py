@@ -102,7 +102,9 @@ class Worker:
         detector = work.model.detectors[self._device]
         run = detector.judge if work.is_gate else detector.detect
         verdicts = run(torch.stack(list(batch.items)))
-        self._metrics.observe_stage("forward", time.monotonic() - started)
+        forward_s = time.monotonic() - started
+        work.model.statistics.observe_batch(waits_s=batch.waits_s, forward_s=forward_s)
+        self._metrics.observe_stage("forward", forward_s)
         self._metrics.batch_size.observe(len(batch.items))
         return _each(verdicts)
 
