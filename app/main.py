@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from app.api import problems
 from app.api.admission import AdmissionMiddleware
 from app.api.request_id import RequestIdMiddleware
-from app.api.routes import gate, models, operations, proxy, score
+from app.api.routes import gate, models, operations, proxy, score, v2
 from app.errors import NormGateError
 from app.serving.metrics import Metrics
 from app.serving.service import ScoringService
@@ -66,11 +66,12 @@ def create_app(
     _add_middleware(app, settings, metrics, service)
     problems.install(app, metrics)
     routers = [score.router, gate.router, models.router, operations.router]
+    routers += [v2.health_router, v2.router]
     if upstream is not None:
         app.state.upstream = upstream
         routers.append(proxy.router)
     if settings.admin_token is not None:
-        routers.append(models.admin_router)
+        routers += [models.admin_router, v2.admin_router]
     for router in routers:
         app.include_router(router)
     return app
