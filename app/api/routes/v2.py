@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from app.api.access_log import describe_results
 from app.api.admission import holding_of
 from app.api.auth import AdminRequired, ApiKeyRequired
 from app.api.content_coding import accepted_coding, decode_body, encode_body
@@ -141,7 +142,7 @@ async def server_metadata() -> ServerMetadata:
 
 
 # Before the models: "stats" stands where a name does.
-@router.get("/models/stats", summary="Statistics of all models", responses=v2_responses(503))
+@router.get("/models/stats", summary="Statistics of all models")
 async def all_statistics(service: ServiceOf) -> StatisticsList:
     """The statistics of every version that answers, since it was loaded."""
     return _statistics(service, *service.models.names())
@@ -221,6 +222,7 @@ async def infer(
                 gate=not OF_THE_LOGITS.intersection(asked.is_binary),
             ),
         )
+        describe_results(request, model, results)
         response = await asyncio.to_thread(
             _answer, asked, model, _detections(results), request.headers.get("accept-encoding", "")
         )
@@ -231,7 +233,7 @@ async def infer(
 @router.post(
     "/repository/index",
     summary="The versions in the store",
-    responses=v2_responses(400, 409, 413, 503, 504),
+    responses=v2_responses(400, 413, 504),
     openapi_extra={
         "requestBody": {"content": {"application/json": {"schema": inlined(IndexBody)}}}
     },
@@ -242,7 +244,6 @@ async def repository_index(
     """Every version, loaded or not; with ``ready`` only those that answer."""
     body = await _read(request, settings)
     asked = read_json(IndexBody, body or b"{}")
-    service.model()
     entries = [IndexEntry.of(found) for found in await asyncio.to_thread(service.models.index)]
     return [entry for entry in entries if entry.state == "READY" or not asked.ready]
 
