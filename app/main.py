@@ -5,19 +5,24 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from app.api import problems
+from app.api.access_log import AccessLogMiddleware
 from app.api.admission import AdmissionMiddleware
 from app.api.request_id import RequestIdMiddleware
 from app.api.routes import gate, models, operations, proxy, score, v2
-from app.errors import NormGateError
+from app.errors import NormGateError, SettingsError
 from app.serving.metrics import Metrics
 from app.serving.service import ScoringService
 from app.serving.upstream import Upstream
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +38,14 @@ def create_app(
         settings: checked already.
         on_started: told when the models are loaded, or why they cannot be; the application then
             stays unready.
+
+    Raises:
+        SettingsError: traces are wanted, and what sends them is not installed.
     """
     metrics = Metrics()
     service = ScoringService(settings, metrics)
     upstream = _upstream(settings)
+    tracing = _tracing(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -50,6 +59,8 @@ def create_app(
         await asyncio.to_thread(service.stop)
         if upstream is not None:
             await upstream.aclose()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.stop)
 
     app = FastAPI(
         title="NormGate",
@@ -64,6 +75,7 @@ def create_app(
     )
     app.state.settings, app.state.metrics, app.state.service = settings, metrics, service
     _add_middleware(app, settings, metrics, service)
+    _add_logs_and_traces(app, settings, tracing)
     problems.install(app, metrics)
     routers = [score.router, gate.router, models.router, operations.router]
     routers += [v2.health_router, v2.router]
@@ -90,7 +102,28 @@ def _add_middleware(
             allow_headers=["*"],
             expose_headers=["*"],
         )
+
+
+def _add_logs_and_traces(app: FastAPI, settings: Settings, tracing: "Tracing | None") -> None:
+    # Outside all others: they see every answer, refusals at the door too.
+    app.add_middleware(AccessLogMiddleware, sample=settings.access_log_sample)
+    if tracing is not None:
+        tracing.install(app)
     app.add_middleware(RequestIdMiddleware)
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        # Not at the top: it loads the SDK, which is an extra.
+        from app.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"NORMGATE_OTLP_ENDPOINT is set and {error.name} is not installed: "
+            "pip install 'normgate[otel]'"
+        ) from error
+    return Tracing(settings.otlp_endpoint)
 
 
 def _upstream(settings: Settings) -> Upstream | None:

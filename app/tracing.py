@@ -19,10 +19,11 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.access_log import QUIET_PATHS, description_of, path_of
+from app.api.access_log import description_of, is_probe, path_of
 from app.serving.stages import Interval, recording
 
 _FLUSH_S: Final = 3.0
@@ -56,6 +57,10 @@ class Tracing:
         self._tracer = self._provider.get_tracer("normgate", ours["service.version"])
         self._propagator = TraceContextTextMapPropagator()
 
+    def install(self, app: Starlette) -> None:
+        """Trace the requests of ``app``, with all the middleware that it has by now."""
+        app.add_middleware(TracingMiddleware, tracing=self)
+
     def start_request(self, scope: Scope) -> Span:
         """The server span of a request, child of the caller's span where it sent one."""
         headers = Headers(scope=scope)
@@ -76,7 +81,8 @@ class Tracing:
         )
 
     def add_stages(self, span: Span, intervals: Sequence[Interval]) -> None:
-        """Give ``span`` a child for each of the first stages."""
+        """Give ``span`` a child for each of the first stages; it is their total itself."""
+        intervals = [interval for interval in intervals if interval.stage != "total"]
         context: Context = set_span_in_context(span)
         epoch_ns = time.time_ns() - time.monotonic_ns()
         for interval in intervals[:_MAX_STAGES]:
@@ -108,7 +114,7 @@ class TracingMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI connection."""
-        if scope["type"] != "http" or scope["path"] in QUIET_PATHS:
+        if scope["type"] != "http" or is_probe(scope):
             await self._app(scope, receive, send)
             return
         span = self._tracing.start_request(scope)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,18 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
 from app.api.access_log import describe
 from app.api.request_id import RequestIdMiddleware
-from app.serving.stages import record
-from app.tracing import Tracing, TracingMiddleware
+from app.errors import SettingsError
+from app.main import create_app
+from app.serving.stages import Interval, Stage, intervals
+from app.settings import Settings
+from app.tracing import Tracing
+from tests.api.conftest import STORE, wait_until_ready
+from tests.pictures import jpeg
 
 ROOT = Path(__file__).resolve().parents[1]
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -77,6 +84,12 @@ def collecting(status: int = 200) -> Iterator[Collector]:
             serving.join()
 
 
+def record(stage: Stage, started: float, ended: float) -> None:
+    """Keep an interval, as the service does."""
+    if (kept := intervals()) is not None:
+        kept.append(Interval(stage, started, ended))
+
+
 @contextmanager
 def traced(endpoint: str) -> Iterator[TestClient]:
     """A small application that is traced; its spans are sent at the exit."""
@@ -106,7 +119,7 @@ def traced(endpoint: str) -> Iterator[TestClient]:
         record("read", 1, 2)
 
     tracing = Tracing(endpoint)
-    app.add_middleware(TracingMiddleware, tracing=tracing)
+    tracing.install(app)
     app.add_middleware(RequestIdMiddleware)
     try:
         yield TestClient(app, raise_server_exceptions=False)
@@ -215,6 +228,43 @@ def test_a_collector_that_is_away(
     assert failed[0]["reason"]
     assert not caplog.records
     assert took_s < 30
+
+
+def test_the_service() -> None:
+    """A scored image is one trace: read, decode, queue and forward, one after the other."""
+    with collecting() as collector:
+        app = create_app(Settings(model_store=STORE, otlp_endpoint=f"{collector.url}/"))
+        with TestClient(app) as client, capture_logs([merge_contextvars]) as lines:
+            wait_until_ready(client)
+            answer = client.post("/v1/score", content=jpeg(1), headers={"traceparent": CALLER})
+
+    assert answer.status_code == 200
+    assert set(collector.paths) == {"/v1/traces"}
+    [server] = [span for span in collector.spans if span.kind == Span.SPAN_KIND_SERVER]
+    stages = [span for span in collector.spans if span is not server]
+    assert [span.name for span in stages] == ["read", "decode", "queue", "forward"]
+    times = [server.start_time_unix_nano]
+    for span in stages:
+        assert (span.trace_id, span.parent_span_id) == (server.trace_id, server.span_id)
+        times += [span.start_time_unix_nano, span.end_time_unix_nano]
+    # Two clocks are read, one after the other, and float seconds are rounded.
+    tolerance_ns = 100_000
+    assert all(after - before > -tolerance_ns for before, after in pairwise(times))
+    assert times[-1] <= server.end_time_unix_nano + tolerance_ns
+    told = values(server.attributes)
+    assert (told["normgate.model"], told["normgate.images"]) == ("cifar10-resnet18", 1)
+    [line] = [line for line in lines if line.get("path") == "/v1/score"]
+    assert line["trace_id"] == CALLER.split("-")[1]
+
+
+def test_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collector without the extra that sends to it ends the start with one clear line."""
+    monkeypatch.delitem(sys.modules, "app.tracing")
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    settings = Settings(model_store=STORE, otlp_endpoint="http://127.0.0.1:4318")
+
+    with pytest.raises(SettingsError, match=r"NORMGATE_OTLP_ENDPOINT .* 'normgate\[otel\]'"):
+        create_app(settings)
 
 
 @pytest.mark.slow

@@ -2,15 +2,19 @@
 
 import random
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 import structlog
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-QUIET_PATHS: Final = frozenset({"/livez", "/readyz", "/metrics"})
-"""Asked by machines, every few seconds: logged at DEBUG and never traced."""
+from app.errors import ImageError
+from app.serving.pool import LoadedModel
+from app.serving.worker import Detection
 
+_PROBES: Final = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live"})
+_OTHERS_PATHS: Final = ("/v1/gate/", "/v1/proxy/")
 _MAX_PATH: Final = 256
 _FAILED: Final = 500
 
@@ -18,11 +22,23 @@ logger = structlog.get_logger()
 
 
 def describe(request: Request, **fields: str | int) -> None:
-    """Add to the request's line: ``model``, ``version``, ``images``, ``ood``, ``reason``.
-
-    Never an image's content or file name, never a key.
-    """
+    """Add to the request's line; never an image's content or file name, never a key."""
     request.scope["state"].setdefault("log", {}).update(fields)
+
+
+def describe_results(
+    request: Request, model: LoadedModel, results: Sequence[Detection | ImageError]
+) -> None:
+    """Add to the request's line which version scored how many images, and what it found."""
+    detections = [result for result in results if isinstance(result, Detection)]
+    describe(
+        request,
+        model=model.bundle.name,
+        version=model.bundle.version,
+        images=len(results),
+        ood=sum(detection.is_ood for detection in detections),
+        failed=len(results) - len(detections),
+    )
 
 
 def description_of(scope: Scope) -> dict[str, Any]:
@@ -34,12 +50,19 @@ def description_of(scope: Scope) -> dict[str, Any]:
 def path_of(scope: Scope) -> str:
     """The request's path, bounded, without its query.
 
-    Where the path goes on with somebody else's, behind a gate, the route's template: those may
-    name files and customers.
+    What follows behind a gate is another service's path, and may name files and customers.
     """
-    template: str = getattr(scope.get("route"), "path", "")
     path: str = scope["path"]
-    return template if template.endswith(":path}") else path[:_MAX_PATH]
+    for prefix in _OTHERS_PATHS:
+        if path.startswith(prefix):
+            return f"{prefix}{{path}}"
+    return path[:_MAX_PATH]
+
+
+def is_probe(scope: Scope) -> bool:
+    """Whether a machine asks this every few seconds; logged at DEBUG and never traced."""
+    path: str = scope["path"]
+    return path in _PROBES or (path.startswith("/v2/") and path.endswith("/ready"))
 
 
 class AccessLogMiddleware:
@@ -85,7 +108,7 @@ class AccessLogMiddleware:
 
 
 def _log(scope: Scope, *, status: int, duration_s: float, bytes_in: int) -> None:
-    log = logger.debug if scope["path"] in QUIET_PATHS else logger.info
+    log = logger.debug if is_probe(scope) else logger.info
     # The request's id and trace come from the context.
     log(
         "request",

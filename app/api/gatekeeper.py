@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal
 
 from fastapi import Depends, Request
 
+from app.api.access_log import describe_results
 from app.api.dependencies import MetricsOf, ServiceOf, SettingsOf
 from app.api.disconnect import unless_disconnected
 from app.api.problems import REASONS
@@ -150,6 +151,7 @@ class Gatekeeper:
         results = await unless_disconnected(
             request, self._service.score(loaded, files, deadline=deadline, gate=True)
         )
+        describe_results(request, loaded, results)
         detections = [result for result in results if isinstance(result, Detection)]
         lowest = min(detections, key=lambda detection: detection.score, default=None)
         if lowest is None or not lowest.is_ood:

@@ -12,6 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from app.api.access_log import describe
+from app.api.request_id import HEADER
 from app.errors import (
     ActivationError,
     BundleError,
@@ -132,7 +134,7 @@ def problem(
 
 def error_response(request: Request, error: NormGateError, metrics: Metrics) -> JSONResponse:
     """The problem that tells of a domain error, which is counted."""
-    metrics.reject(REASONS.get(type(error), "failed"))
+    _reject(request, REASONS.get(type(error), "failed"), metrics)
     status = STATUS.get(type(error), 500)
     detail = str(error) if status != 500 else "the server failed on this request"
     headers = {}
@@ -141,6 +143,11 @@ def error_response(request: Request, error: NormGateError, metrics: Metrics) -> 
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
     return problem(request, status=status, detail=detail, headers=headers)
+
+
+def _reject(request: Request, reason: RejectReason, metrics: Metrics) -> None:
+    metrics.reject(reason)
+    describe(request, reason=reason)
 
 
 def install(app: FastAPI, metrics: Metrics) -> None:
@@ -152,7 +159,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        metrics.reject("malformed")
+        _reject(request, "malformed", metrics)
         first = error.errors()[0]
         where = " ".join(map(str, first["loc"]))
         detail = f"{where} is {first.get('input')!r}: {first['msg']}"
@@ -165,13 +172,19 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         )
 
     async def on_disconnect(request: Request, error: Exception) -> Response:
-        metrics.reject("abandoned")
+        _reject(request, "abandoned", metrics)
         return Response(status_code=_CLIENT_CLOSED_REQUEST)  # nobody is there to read it
 
     async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        # Starlette logs the traceback; a client never sees internals.
-        metrics.reject("failed")
-        return problem(request, status=500, detail="the server failed on this request")
+        # The server logs the traceback; a client never sees internals. This answer does not pass
+        # through the middleware that adds the header.
+        _reject(request, "failed", metrics)
+        return problem(
+            request,
+            status=500,
+            detail="the server failed on this request",
+            headers={HEADER: request.state.request_id},
+        )
 
     app.add_exception_handler(NormGateError, on_error)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Final, Generic, Literal, TypeVar
 
 from app.errors import DeadlineExceededError, NotReadyError, QueueFullError
+from app.serving.stages import Interval, intervals
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,9 +37,17 @@ _BACKGROUND_BATCHES: Final = 4
 class _Request(Generic[Result]):
     """The items of one request, answered together."""
 
-    def __init__(self, future: asyncio.Future[list[Result]], *, size: int, deadline: float) -> None:
+    def __init__(
+        self,
+        future: asyncio.Future[list[Result]],
+        *,
+        size: int,
+        deadline: float,
+        kept: list[Interval] | None,
+    ) -> None:
         self.future = future
         self.deadline = deadline
+        self.kept = kept
         self._results: dict[int, Result] = {}
         self._size = size
 
@@ -101,6 +110,20 @@ class Batch(Generic[Item, Result]):
         """Fail the requests in this batch, and no others; for the worker's thread to call."""
         self._on_end(len(self.items))
         self._loop.call_soon_threadsafe(self._fail, error)
+
+    def trace(self, *, forward_started: float, forward_s: float) -> None:
+        """Tell the traced requests in this batch of its wait and its forward pass."""
+        waits_s = {
+            request: wait_s
+            for (request, _), wait_s in zip(self._requests, self.waits_s, strict=True)
+            if request.kept is not None
+        }
+        for request, wait_s in waits_s.items():
+            assert request.kept is not None
+            request.kept += [
+                Interval("queue", forward_started - wait_s, forward_started),
+                Interval("forward", forward_started, forward_started + forward_s),
+            ]
 
     def _settle(self, results: Sequence[Result]) -> None:
         for (request, position), result in zip(self._requests, results, strict=True):
@@ -251,7 +274,11 @@ class Batcher(Generic[Item, Result]):
         """
         self._loop = asyncio.get_running_loop()
         request: _Request[Result] = _Request(
-            self._loop.create_future(), size=len(items), deadline=deadline
+            self._loop.create_future(),
+            size=len(items),
+            deadline=deadline,
+            # What runs in the background outlives the request that caused it, and its trace.
+            kept=None if is_background else intervals(),
         )
         lane = _Lane(is_background, key)
         self._enqueue(lane, items, request, places)

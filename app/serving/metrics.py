@@ -9,10 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from app.serving.stages import STAGES, Interval, Stage, intervals
 from app.store import Bundle
-
-Stage = Literal["read", "decode", "queue", "forward", "total"]
-STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 
 RejectReason = Literal[
     "malformed",
@@ -176,8 +174,11 @@ class Metrics:
         self._rejected = {reason: self.rejected.labels(reason) for reason in REJECT_REASONS}
 
     def observe_stage(self, stage: Stage, seconds: float) -> None:
-        """Take one duration in."""
+        """Take in a stage that has just ended."""
         self._stages[stage].observe(seconds)
+        if (kept := intervals()) is not None:
+            now = time.monotonic()
+            kept.append(Interval(stage, now - seconds, now))
 
     @contextmanager
     def time_stage(self, stage: Stage) -> Iterator[None]:

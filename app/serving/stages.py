@@ -1,14 +1,16 @@
-"""When the stages of one request began and ended, for a trace to show.
+"""The stages of a request, and when those of one request began and ended, for a trace to show.
 
-Metrics count every stage anyway; this list exists only while a request is traced.
+Metrics take every stage in; the intervals are kept only while a request is traced.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Final, Literal, get_args
 
-from app.serving.metrics import Stage
+Stage = Literal["read", "decode", "queue", "forward", "total"]
+STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +27,15 @@ _recorded: ContextVar[list[Interval] | None] = ContextVar("recorded_stages", def
 
 @contextmanager
 def recording() -> Iterator[list[Interval]]:
-    """The list that :func:`record` fills in this context and in the tasks started from it."""
-    intervals: list[Interval] = []
-    token = _recorded.set(intervals)
+    """The list that :func:`intervals` finds in this context and in the tasks started from it."""
+    kept: list[Interval] = []
+    token = _recorded.set(kept)
     try:
-        yield intervals
+        yield kept
     finally:
         _recorded.reset(token)
 
 
-def record(stage: Stage, started: float, ended: float) -> None:
-    """Keep an interval where the request is traced; does nothing where it is not."""
-    intervals = _recorded.get()
-    if intervals is not None:
-        intervals.append(Interval(stage, started, ended))
+def intervals() -> list[Interval] | None:
+    """Where to keep an interval of the request of this context; None when it is not traced."""
+    return _recorded.get()

@@ -105,6 +105,7 @@ class Worker:
         forward_s = time.monotonic() - started
         work.model.statistics.observe_batch(waits_s=batch.waits_s, forward_s=forward_s)
         self._metrics.observe_stage("forward", forward_s)
+        batch.trace(forward_started=started, forward_s=forward_s)
         self._metrics.batch_size.observe(len(batch.items))
         return _each(verdicts)
 

@@ -10,8 +10,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
 from structlog.testing import LogCapture
 
+from app.api import problems
 from app.api.access_log import AccessLogMiddleware, describe
 from app.api.request_id import RequestIdMiddleware
+from app.serving.metrics import Metrics
+from tests.pictures import jpeg
 
 Lines = list[MutableMapping[str, Any]]
 
@@ -26,7 +29,7 @@ def lines() -> Iterator[Lines]:
     structlog.configure(**before)
 
 
-def client(sample: float = 1) -> TestClient:
+def small(sample: float = 1) -> TestClient:
     """A small application with the access log."""
     app = FastAPI()
 
@@ -44,16 +47,6 @@ def client(sample: float = 1) -> TestClient:
     async def fail() -> None:
         raise RuntimeError("a bug")
 
-    @app.get("/gate/{path:path}")
-    async def gate() -> None:
-        pass
-
-    @app.get("/livez")
-    @app.get("/readyz")
-    @app.get("/metrics")
-    async def probe() -> None:
-        pass
-
     app.add_middleware(AccessLogMiddleware, sample=sample)
     app.add_middleware(RequestIdMiddleware)
     return TestClient(app, raise_server_exceptions=False)
@@ -61,7 +54,7 @@ def client(sample: float = 1) -> TestClient:
 
 def test_a_line(lines: Lines) -> None:
     """A line has the request's id, path, status, sizes and what the route told; no query."""
-    client().post("/described?key=secret", content=b"12345", headers={"x-request-id": "abc"})
+    small().post("/described?key=secret", content=b"12345", headers={"x-request-id": "abc"})
 
     [line] = lines
     assert line.pop("duration_ms") > 0
@@ -80,10 +73,13 @@ def test_a_line(lines: Lines) -> None:
     }
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
+@pytest.mark.parametrize(
+    "path",
+    ["/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/m/ready"],
+)
 def test_probes(lines: Lines, path: str) -> None:
     """What machines ask every few seconds is logged at DEBUG."""
-    client().get(path)
+    small().get(path)
 
     assert [line["log_level"] for line in lines] == ["debug"]
 
@@ -101,7 +97,7 @@ def test_probes(lines: Lines, path: str) -> None:
 )
 def test_failures_are_always_logged(lines: Lines, path: str, logged: list[int]) -> None:
     """A sample of none leaves what the server failed on, exceptions too."""
-    client(sample=0).get(path)
+    small(sample=0).get(path)
 
     assert [line["status"] for line in lines] == logged
 
@@ -109,7 +105,7 @@ def test_failures_are_always_logged(lines: Lines, path: str, logged: list[int]) 
 def test_sampling(lines: Lines) -> None:
     """About the given share of the requests is logged."""
     random.seed(1)
-    asked = client(sample=0.25)
+    asked = small(sample=0.25)
 
     for _ in range(400):
         asked.get("/status/200")
@@ -123,13 +119,16 @@ def test_sampling(lines: Lines) -> None:
     [
         ("/status/204", "/status/204"),
         ("/nowhere/at/all?key=secret", "/nowhere/at/all"),
-        ("/gate/customers/7/cat.jpg", "/gate/{path:path}"),
+        ("/v1/gate/customers/7/cat.jpg", "/v1/gate/{path}"),
+        ("/v1/%67ate/customers/7/cat.jpg", "/v1/gate/{path}"),
+        ("/v1/proxy/customers/7?key=secret", "/v1/proxy/{path}"),
+        ("/v1/gate?model=m", "/v1/gate"),
         ("/" + "x" * 1000, "/" + "x" * 255),
     ],
 )
 def test_paths(lines: Lines, asked: str, logged: str) -> None:
-    """Paths come without their query, bounded, and as a template behind a gate."""
-    client().get(asked)
+    """Paths come without their query, bounded, and behind a gate without the other service's."""
+    small().get(asked)
 
     assert [line["path"] for line in lines] == [logged]
 
@@ -149,3 +148,46 @@ def test_the_id_is_in_every_line_of_a_request(lines: Lines) -> None:
 
     assert [line["request_id"] for line in lines] == ids
     assert len(set(ids)) == 2
+
+
+def test_scored_images(lines: Lines, client: TestClient) -> None:
+    """A line of the service tells version, images and findings, and never a file's name."""
+    files = [("file", ("private.jpg", jpeg(1))), ("file", ("private.txt", b"no image"))]
+    headers = {"x-api-key": "secret"}
+    lines.clear()
+
+    verdicts = [
+        one["verdict"]
+        for one in client.post("/v1/score", files=files, headers=headers).json()["results"]
+    ]
+    client.post("/v1/gate/private", content=jpeg(1), headers=headers)
+    client.post("/v1/score", content=b"no image")
+
+    scored, gated, refused = [line for line in lines if line["event"] == "request"]
+    assert scored["model"] == "cifar10-resnet18"
+    assert scored["version"] == 1
+    assert (scored["images"], scored["failed"]) == (2, 1)
+    assert scored["ood"] == verdicts.count("ood")
+    assert gated["images"] == 1
+    assert gated["path"] == "/v1/gate/{path}"
+    assert (refused["status"], refused["reason"]) == (415, "unsupported")
+    assert not any(word in str(lines) for word in ("private", "secret"))
+
+
+def test_the_id_of_a_bug(lines: Lines) -> None:
+    """Even the answer to a bug carries the request's id, and so does its line."""
+    app = FastAPI()
+
+    @app.get("/")
+    async def fail() -> None:
+        raise RuntimeError("a bug")
+
+    problems.install(app, Metrics())
+    app.add_middleware(AccessLogMiddleware, sample=0)
+    app.add_middleware(RequestIdMiddleware)
+    with TestClient(app, raise_server_exceptions=False) as asked:
+        answer = asked.get("/", headers={"x-request-id": "abc"})
+
+    assert answer.status_code == 500
+    assert answer.headers["x-request-id"] == "abc"
+    assert [(line["status"], line["request_id"]) for line in lines] == [(500, "abc")]

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 
+from app.api.access_log import describe_results
 from app.api.auth import ApiKeyRequired
 from app.api.deadline import request_deadline
 from app.api.dependencies import MetricsOf, ServiceOf, SettingsOf
@@ -77,6 +78,7 @@ async def score(
             request,
             service.score(loaded, [upload.data for upload in uploads], deadline=deadline),
         )
+    describe_results(request, loaded, results)
     if len(results) == 1 and isinstance(results[0], ImageError):
         raise results[0]
     metrics.observe_stage("total", time.monotonic() - started)
