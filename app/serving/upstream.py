@@ -176,8 +176,8 @@ def _parsed(url: str) -> httpx.URL:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise SettingsError(f"NORMGATE_UPSTREAM_URL is {url!r}: {error}") from error
-    if not parsed.host:
-        raise SettingsError(f"NORMGATE_UPSTREAM_URL is {url!r}: it names no host")
+    if not parsed.host or not 0 < (parsed.port or 80) < 2**16:
+        raise SettingsError(f"NORMGATE_UPSTREAM_URL is {url!r}: it names no host and port")
     return parsed
 
 
