@@ -295,17 +295,16 @@ async def _read_infer_request(
     async with _in_time(deadline):
         body = await read_body(request, max_bytes=settings.max_upload_bytes)
     # Beside the event loop: a large body takes long to inflate and to parse.
-    body = await asyncio.to_thread(
-        decode_body,
-        body,
-        request.headers.get("content-encoding", ""),
-        max_bytes=settings.max_upload_bytes,
-    )
+    return await asyncio.to_thread(_parse, request, body, settings)
+
+
+def _parse(request: Request, body: bytes, settings: Settings) -> InferRequest:
+    coding = request.headers.get("content-encoding", "")
+    body = decode_body(body, coding, max_bytes=settings.max_upload_bytes)
     holding_of(request).grow_to(len(body))
-    # Two of them are joined, and refused as no number: nobody knows which one is meant.
+    # Several are joined, and refused as no number: nobody knows which of them is meant.
     lengths = request.headers.getlist(HEADER_LENGTH)
-    header_length = ", ".join(lengths) if lengths else None
-    return await asyncio.to_thread(read_request, body, header_length=header_length)
+    return read_request(body, header_length=", ".join(lengths) if lengths else None)
 
 
 @asynccontextmanager
