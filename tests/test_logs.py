@@ -1,13 +1,17 @@
 """What a process that has configured its logs writes to stderr."""
 
 import json
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+
+from tests.pictures import jpeg
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 60
@@ -160,3 +164,67 @@ def test_a_reader_that_goes_away() -> None:
     with process.stdout:
         assert process.stdout.read() == "alive\n"
     process.wait(START_S)
+
+
+def test_a_bug_in_a_request() -> None:
+    """The traceback that the server logs of a request carries the request's id."""
+    code = """
+import asyncio, socket, httpx, uvicorn
+from app.api.request_id import RequestIdMiddleware
+
+async def fail(scope, receive, send):
+    raise ValueError('why')
+
+async def run():
+    listener = socket.create_server(('127.0.0.1', 0))
+    app = RequestIdMiddleware(fail)
+    config = uvicorn.Config(app, log_config=None, log_level='warning', lifespan='off')
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    async with httpx.AsyncClient(trust_env=False) as client:
+        url = f'http://127.0.0.1:{listener.getsockname()[1]}'
+        await client.get(url, headers={'x-request-id': 'abc'})
+    server.should_exit = True
+    await serving
+
+asyncio.run(run())
+"""
+
+    [line] = logged(code)
+
+    assert line["event"] == "Exception in ASGI application"
+    assert line["request_id"] == "abc"
+    assert line["exception"].endswith("ValueError: why")
+
+
+def test_the_server() -> None:
+    """A server says on stdout where it listens, and everything else on stderr, as JSON."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app.cli", "serve", "--port", "0", "--shutdown-grace-s", "0"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        found = re.search(r"http://\S+", first)
+        assert found is not None
+        with httpx.Client(base_url=found[0], trust_env=False) as client:
+            client.get("/readyz")
+            files = {"file": ("private.jpg", jpeg(1))}
+            client.post("/v1/score?x=secret", files=files, headers={"x-request-id": "abc"})
+        process.terminate()
+        rest, errors = process.communicate(timeout=START_S)
+    finally:
+        process.kill()
+        process.communicate()
+
+    assert rest == ""
+    lines = [json.loads(line) for line in errors.splitlines()]
+    assert [line["event"] for line in lines] == ["ready", "request", "shutting down", "drained"]
+    assert lines[0]["models"] == {"cifar10-resnet18": 1}
+    assert (lines[1]["request_id"], lines[1]["path"]) == ("abc", "/v1/score")
+    assert "private" not in errors
+    assert "secret" not in errors
