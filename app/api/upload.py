@@ -47,12 +47,15 @@ async def files_in(headers: Headers, body: bytes) -> list[bytes]:
 
     Raises:
         MalformedRequestError: the body is not the form it says it is, or says it is two things.
-        UnsupportedImageError: a content type that is neither a form nor an image, or a form
-            without files.
+        UnsupportedImageError: a content type that is neither a form nor an image, a content
+            coding, or a form without files.
     """
     if len(headers.getlist("content-type")) > 1:
         # An image can be a form's preamble: the other service might read the other header.
         raise MalformedRequestError("the request has several Content-Type headers")
+    coding = headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        raise UnsupportedImageError(f"content encoding is {coding!r}; send the image as it is")
     if not _is_form(headers):
         return [body]
     async with _form(headers, _once(body), max_bytes=len(body)) as form:

@@ -121,6 +121,7 @@ def test_queries(client: TestClient, open_client: TestClient, query: str, status
 NO_VERDICT = [
     pytest.param(b"hello", {}, 415, id="text"),
     pytest.param(b"{}", {"content-type": "application/json"}, 415, id="json"),
+    pytest.param(ID_IMAGE, {"content-encoding": "br"}, 415, id="coded"),
     pytest.param(jpeg(1)[:300], {}, 422, id="half a JPEG"),
     pytest.param(huge_png_header(30_000), {}, 422, id="900 megapixels"),
     pytest.param(ID_IMAGE, {"x-request-deadline-ms": "0.001"}, 504, id="late"),
