@@ -199,11 +199,11 @@ def test_the_watcher(model: Path) -> None:
 def test_a_shadow_is_seen_in_the_metrics_alone(model: Path) -> None:
     """A stricter shadow scores what the active version answers, and its verdicts are counted."""
     move_threshold(model / "1", rank=1)
-    move_threshold(add_version(model, 2), rank=24)
     with (
         serving(admin_flags(model)) as server,
         httpx.Client(base_url=server.url, headers=ADMIN, timeout=START_S) as client,
     ):
+        move_threshold(add_version(model, 2), rank=24)
         started = client.post("/v1/models/tiny/versions/2/shadow?share=1").json()
         assert started["shadow"] == {"version": 2, "share": 1.0}
         answers = [client.post("/v1/score", content=jpeg(seed)).json() for seed in range(10)]
