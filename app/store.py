@@ -173,7 +173,8 @@ class Store:
     def versions(self, name: str) -> list[int]:
         """Versions of a model, ascending; empty when there is no such model."""
         folder = self.root / name
-        if not folder.is_dir():
+        # Not every text is the name of a file: one too long is an error to the system.
+        if not re.fullmatch(NAME_PATTERN, name) or not folder.is_dir():
             return []
         return sorted(
             int(path.name)
