@@ -23,9 +23,11 @@ def request_deadline(request: Request, settings: Settings) -> float:
 
 
 def _milliseconds(request: Request, settings: Settings) -> float:
-    text = request.headers.get(HEADER)
-    if text is None:
+    texts = request.headers.getlist(HEADER)
+    if not texts:
         return settings.deadline_ms
+    # Two of them are joined, and refused as no number: nobody knows which one is meant.
+    text = ", ".join(texts)
     try:
         value = float(text)
     except ValueError:
