@@ -45,9 +45,12 @@ FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 DEFAULT_MAX_PIXELS: Final = 50_000_000
 DEFAULT_MAX_SCANS: Final = 100
 """A progressive JPEG as encoders write it has about ten."""
+MAX_READS: Final = 100_000
+"""Pieces that a file is read in: Pillow walks from segment to segment, some microseconds each."""
 REFERENCE_JPEG: Final = Path(__file__).with_name("reference.jpg")
 
 _START_OF_SCAN: Final = b"\xff\xda"
+_STRIP_PIXELS: Final = 2**20
 
 # What Pillow and its plugins raise on hostile bytes, beside its documented OSError.
 _DECODE_ERRORS: Final = (
@@ -237,6 +240,23 @@ def installed_decoder() -> Decoder:
     )
 
 
+class _Pieces(io.BytesIO):
+    """A file in memory that is read in ``MAX_READS`` pieces at most.
+
+    Millions of empty segments, chunks or runs would keep a thread for minutes.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._left = MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if not self._left:
+            raise UndecodableImageError(f"image is in more than {MAX_READS} pieces, the limit")
+        self._left -= 1
+        return super().read(size)
+
+
 def _sniff(data: bytes) -> str:
     if data[:3] == b"\xff\xd8\xff":
         return "JPEG"
@@ -264,7 +284,7 @@ def _check_scans(data: bytes, max_scans: int) -> None:
 def _open(data: bytes) -> Image.Image:
     image_format = _sniff(data)
     try:
-        return Image.open(io.BytesIO(data), formats=[image_format])
+        return Image.open(_Pieces(data), formats=[image_format])
     except _DECODE_ERRORS as error:
         raise UndecodableImageError(f"{image_format} header is truncated or corrupt") from error
 
@@ -298,6 +318,16 @@ def _decode_with_pillow(data: bytes) -> Pixels:
 
 
 def _rgb(image: Image.Image) -> Pixels:
+    """The pixels of any mode, a strip at a time: conversions need several times their memory."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = _strip_rgb(image.crop((0, top, image.width, bottom)))
+    return pixels
+
+
+def _strip_rgb(image: Image.Image) -> Pixels:
     if image.mode.startswith("I"):
         # 16-bit gray: Pillow's own conversion clips instead of scaling.
         gray = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
@@ -305,7 +335,7 @@ def _rgb(image: Image.Image) -> Pixels:
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+    return np.asarray(image.convert("RGB"))
 
 
 def _as_stored(pixels: Pixels) -> Pixels:

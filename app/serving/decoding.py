@@ -14,6 +14,8 @@ from app.settings import DECODED_BYTES_PER_PIXEL, Settings
 
 LARGE_PIXELS: Final = 4_000_000
 """An image with more waits for the lane of the large ones; one frame of 4K has 8.3 million."""
+_USUAL_BYTES_PER_PIXEL: Final = 9
+"""A progressive JPEG's coefficients, then RGB."""
 
 
 class Decoders:
@@ -80,8 +82,14 @@ class Decoders:
         self, data: bytes, header: ImageHeader, preprocessing: Preprocessing, deadline: float
     ) -> Tensor:
         _check_deadline(deadline)
-        with self._budget.held(DECODED_BYTES_PER_PIXEL * header.pixels):
+        with self._budget.held(_decoded_bytes(header)):
             return preprocessing.resize_and_crop(decode_accepted(data, header))
+
+
+def _decoded_bytes(header: ImageHeader) -> int:
+    """What decoding may hold at its peak, as measured."""
+    is_usual = header.format != "WEBP" and header.mode != "CMYK"
+    return (_USUAL_BYTES_PER_PIXEL if is_usual else DECODED_BYTES_PER_PIXEL) * header.pixels
 
 
 def _check_deadline(deadline: float) -> None:
