@@ -24,6 +24,8 @@ from app.settings import Settings
 logger = logging.getLogger(__name__)
 
 
+_DECODES_A_THREAD: Final = 4
+"""Images of one request that are being decoded, or wait for it, for each thread."""
 _SHADOW_BATCHES: Final = 4
 """Batches of images that may be on their way to a shadow; more are not shown to it."""
 
@@ -218,8 +220,7 @@ class ScoringService:
     async def _decode_all(
         self, files: Sequence[bytes], preprocessing: Preprocessing, *, deadline: float
     ) -> Sequence[_Decoded]:
-        images = [self._decode(data, preprocessing, deadline=deadline) for data in files]
-        outcomes = [await images[0]] if len(images) == 1 else await asyncio.gather(*images)
+        outcomes = await self._outcomes(files, preprocessing, deadline=deadline)
         for outcome in outcomes:
             if isinstance(outcome, ServingError):
                 raise outcome
@@ -228,6 +229,24 @@ class ScoringService:
             for data, outcome in zip(files, outcomes, strict=True)
             if not isinstance(outcome, ServingError)
         ]
+
+    async def _outcomes(
+        self, files: Sequence[bytes], preprocessing: Preprocessing, *, deadline: float
+    ) -> Sequence[Tensor | ImageError | ServingError]:
+        found: dict[int, Tensor | ImageError | ServingError] = {}
+        waiting = iter(enumerate(files))
+
+        async def decode_next() -> None:
+            for position, data in waiting:
+                found[position] = await self._decode(data, preprocessing, deadline=deadline)
+
+        # A few at a time: thousands at once would hold up the event loop, and every other request.
+        at_once = min(len(files), _DECODES_A_THREAD * self._settings.decode_threads)
+        if at_once == 1:
+            await decode_next()
+        else:
+            await asyncio.gather(*[decode_next() for _ in range(at_once)])
+        return [found[position] for position in range(len(files))]
 
     async def _decode(
         self, data: bytes, preprocessing: Preprocessing, *, deadline: float
