@@ -10,6 +10,7 @@ import structlog
 import uvicorn
 
 from app import logs
+from app.connection import Connection
 from app.core.allocator import keep_memory
 from app.errors import NormGateError, SettingsError
 from app.main import create_app
@@ -50,6 +51,8 @@ def serve(settings: Settings) -> None:
         app = create_app(settings, on_started=on_started)
         config = uvicorn.Config(
             app,
+            http=Connection,
+            ws="none",
             log_config=None,
             log_level="warning",
             access_log=False,

@@ -22,7 +22,8 @@ ALLOWED = {
     "tracing": {"serving", "api"},
     "main": {"core", "store", "serving", "settings", "api", "tracing"},
     "client": set[str](),
-    "server": {"core", "store", "serving", "settings", "api", "main", "logs"},
+    "connection": set[str](),
+    "server": {"connection", "core", "store", "serving", "settings", "api", "main", "logs"},
     "cli": {"core", "store", "offline", "serving", "settings", "api", "main", "server"},
 }
 
