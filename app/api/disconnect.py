@@ -13,21 +13,34 @@ Result = TypeVar("Result")
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of ``work``, which is cancelled when the client goes away first.
 
-    The request's body must have been read.
+    The request's body must have been read. The work begins at once, in the request's own task:
+    what it finds full, nobody who came later has filled.
 
     Raises:
         ClientDisconnect: the client went away.
     """
-    working = asyncio.ensure_future(work)
+    task = asyncio.current_task()
+    assert task is not None, "a request is answered in a task"
     watching = asyncio.ensure_future(_disconnected(request))
+    is_gone = False
+
+    def cancel(watching: "asyncio.Task[None]") -> None:
+        nonlocal is_gone
+        if not watching.cancelled():
+            is_gone = True
+            task.cancel()
+
+    watching.add_done_callback(cancel)
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        # Somebody else may have cancelled the request as well: that goes on.
+        if is_gone and task.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
     finally:
+        watching.remove_done_callback(cancel)
         watching.cancel()
-        working.cancel()
 
 
 async def _disconnected(request: Request) -> None:

@@ -28,7 +28,9 @@ DropReason = Literal["expired", "abandoned"]
 
 _ITEM_WEIGHT: Final = 0.05
 """Of one item in the moving average of the seconds an item takes."""
-_WAITING_SHARE: Final = 0.8
+_FASTER_WEIGHT: Final = 0.5
+"""Of a batch that was faster than the average."""
+_WAITING_SHARE: Final = 0.5
 """Of the time to a deadline that waiting may take: the estimate errs, and a late answer is lost."""
 _BACKGROUND_BATCHES: Final = 4
 """Batches of background items that may wait."""
@@ -155,6 +157,9 @@ class _Pace:
         now = self._clock()
         sample = (now - self._since) / count
         weight = 1 - (1 - _ITEM_WEIGHT) ** count if self.seconds_per_item else 1
+        if sample < self.seconds_per_item:
+            # Who is refused for a pace that was slow once, as the first is, never shows it faster.
+            weight = max(weight, _FASTER_WEIGHT)
         self.seconds_per_item += weight * (sample - self.seconds_per_item)
         self._since = now
         self._items -= count
