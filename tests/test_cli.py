@@ -260,7 +260,7 @@ def test_evaluate_reports_and_writes_json(
     assert figures["ood_images"] == {"drawn": IMAGES, "again": IMAGES}
     assert figures["false_alarm_rate"] == 4 / 24
     report = capsys.readouterr().out
-    assert "false alarms 0.1667; the bundle says 0.0" in report
+    assert "false alarms: 16.67%" in report
     assert f"{figures['results']['feature_norm']['drawn']['auroc']:.3f} / " in report
 
 

@@ -131,10 +131,12 @@ def test_a_bundle_is_two_files_without_pickle(tiny_store: Store) -> None:
 
 
 def test_the_description_has_the_designs_keys(tiny_store: Store) -> None:
-    """``bundle.json`` has every top-level key of the design, and the golden score."""
+    """``bundle.json`` has every top-level key of the design, the golden score and the options."""
     document = json.loads((folder_of(tiny_store) / BUNDLE_FILE).read_text())
 
-    assert document.keys() == TOP_LEVEL_KEYS | {"golden_score"}
+    assert document.keys() == TOP_LEVEL_KEYS | {
+        *("golden_score", "head", "abstain", "class_thresholds")
+    }
     assert document["schema_version"] == 1
     assert document["threshold"].keys() >= {"value", "alpha", "guarantee", "n", "k"}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from app.core.feature_norm import Layout, feature_norm
+from app.core.head import reading_features
 from app.errors import NetworkError
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -56,6 +57,14 @@ class BlockNorms:
         with self._hooked():
             logits: Tensor = self._network(inputs)
         return logits.float(), self._collected()
+
+    def run_with_features(
+        self, inputs: Tensor, *, head: str
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """As :meth:`run`, with the input ``[B, D]`` of the linear layer called ``head`` too."""
+        with reading_features(self._network, head) as features:
+            logits, norms = self.run(inputs)
+        return logits, norms, features.value
 
     def run_to_last_block(self, inputs: Tensor) -> dict[str, Tensor]:
         """The FeatureNorms alone; what the network computes after the last block is left out.
