@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_calibrate(commands)
     _add_evaluate(commands)
+    _add_score(commands)
     _add_models(commands)
     return parser
 
@@ -152,6 +153,9 @@ def _add_calibrate(commands: Any) -> None:
     )
     parser.add_argument("--batch-size", type=_at_least(1), default=64, metavar="N")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--no-report", action="store_true", help="write no report.html beside the bundle"
+    )
     _add_model_store(parser)
     parser.set_defaults(command=_calibrate, on_interrupt="; nothing was written")
 
@@ -169,6 +173,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.preprocessing:
         usual = default_preprocessing(architecture)
         preprocessing = _validated(type(usual), usual.model_dump() | options.preprocessing)
+    has_report = _can_report(wanted=not options.no_report)
     with TerminalProgress() as progress:
         calibration = calibrate(
             CalibrationOptions(
@@ -191,11 +196,21 @@ def _calibrate(options: argparse.Namespace) -> None:
                 max_images=options.max_images,
                 batch_size=options.batch_size,
                 device=options.device,
+                has_report=has_report,
             ),
             Store(_offline_settings(options).model_store),
             progress=progress,
         )
     print_calibration(calibration)
+
+
+def _can_report(*, wanted: bool) -> bool:
+    from app.offline.report import NO_MATPLOTLIB, can_draw
+
+    if wanted and not can_draw():
+        print(f"normgate: {NO_MATPLOTLIB}", file=sys.stderr)
+        return False
+    return wanted
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -257,7 +272,7 @@ def _add_evaluate(commands: Any) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="write evaluation.json, .csv and .md here",
+        help="write report.html, report.md and evaluation.json, .csv and .md here",
     )
     _add_model_store(parser)
     parser.set_defaults(command=_evaluate)
@@ -265,6 +280,7 @@ def _add_evaluate(commands: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from app.offline.evaluate import score_images, summarise
+    from app.offline.report import evaluation_report, write_report
     from app.offline.tables import write_tables
     from app.offline.terminal import TerminalProgress, print_evaluation
     from app.store import Store
@@ -293,6 +309,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     print_evaluation(evaluation)
     if options.out is not None:
         write_tables(evaluation, options.out)
+        if _can_report(wanted=True):
+            write_report(evaluation_report(scored, evaluation), options.out)
     if options.json is not None:
         try:
             options.json.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -310,6 +328,58 @@ def _groups(options: argparse.Namespace, names: Collection[str]) -> dict[str, An
                 raise NormGateError(f"{name} is called both near and far")
             groups[name] = group
     return groups
+
+
+def _add_score(commands: Any) -> None:
+    parser = commands.add_parser(
+        "score",
+        help="the verdict on every image of a folder, into a table",
+        description="Scores many images into one table. An interrupted run goes on where it "
+        "stopped when the same command is given again; an unreadable file gets a row that says "
+        "why.",
+    )
+    parser.add_argument(
+        "source", metavar="DIR|GLOB|-", help="a folder, a quoted glob, or names on standard input"
+    )
+    parser.add_argument("--bundle", required=True, metavar="NAME[/VERSION]")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help=".parquet, .csv or .jsonl"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the table, begin an interrupted run anew"
+    )
+    parser.add_argument("--batch-size", type=_at_least(1), default=64, metavar="N")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    _add_model_store(parser)
+    parser.set_defaults(
+        command=_score, on_interrupt="; the same command again goes on where it stopped"
+    )
+
+
+def _score(options: argparse.Namespace) -> None:
+    from app.offline.score import check_output, find_files, score_files
+    from app.offline.terminal import TerminalProgress, print_score_summary
+    from app.store import Store
+
+    check_output(options.out, overwrite=options.overwrite)
+    name, version = _bundle_id(options.bundle)
+    settings = _offline_settings(options)
+    loaded = Store(settings.model_store).load(
+        name, version, allowed_factories=settings.allowed_factories
+    )
+    files = find_files(options.source, lines=sys.stdin)
+    with TerminalProgress() as progress:
+        summary = score_files(
+            loaded,
+            files,
+            options.out,
+            progress=progress,
+            overwrite=options.overwrite,
+            batch_size=options.batch_size,
+            max_pixels=settings.max_pixels,
+            device=options.device,
+        )
+    print_score_summary(summary, options.out)
 
 
 def _add_models(commands: Any) -> None:

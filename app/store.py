@@ -306,6 +306,7 @@ class Store:
         weights: Mapping[str, Tensor],
         calibration_scores: NDArray[np.float32],
         calibration_classes: NDArray[np.int64] | None = None,
+        attach: Callable[[Bundle], Mapping[str, bytes]] | None = None,
     ) -> Path:
         """Write a bundle whole, or nothing at all.
 
@@ -316,6 +317,8 @@ class Store:
             calibration_scores: ``[N]`` float32, sorted, ascending.
             calibration_classes: ``[N]``, the class predicted for each, where the bundle has
                 thresholds for classes.
+            attach: makes files for people to read, by their path in the bundle's folder;
+                nothing depends on them.
 
         Returns:
             The folder of the new version.
@@ -336,6 +339,9 @@ class Store:
                     tensors[CALIBRATION_CLASSES_KEY] = torch.from_numpy(calibration_classes)
                 bundle = describe(_write_weights(staged, tensors))
                 _write_synced(staged / BUNDLE_FILE, _as_json(bundle))
+                for name, attachment in (attach(bundle) if attach else {}).items():
+                    (staged / name).parent.mkdir(exist_ok=True)
+                    _write_synced(staged / name, attachment)
                 folder = parent / str(bundle.version)
                 _sync_folder(staged)
                 staged.rename(folder)

@@ -1,6 +1,6 @@
 """Calibration: from a network and two folders of ID images to a bundle in the model store."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ from app.core.threshold import (
 from app.errors import CalibrationError, NetworkError
 from app.offline.progress import Progress
 from app.offline.reading import Batch, ImageFolder, tracked
+from app.offline.report import CalibrationScores, calibration_report
 from app.store import (
     Bundle,
     CalibrationData,
@@ -78,6 +79,16 @@ class CalibrationOptions:
     max_pixels: int = DEFAULT_MAX_PIXELS
     batch_size: int = 64
     device: str = "cpu"
+    has_report: bool = False
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """The selection, and the FeatureNorms at the selected block that it shows in."""
+
+    selection: BlockSelection
+    norms: NDArray[np.float32]
+    jigsaw_norms: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -108,9 +119,9 @@ def calibrate(options: CalibrationOptions, store: Store, *, progress: Progress) 
     """
     version = store.next_version(options.name)
     run = _Run(options, progress)
-    selection = run.select_block()
-    held_out = run.held_out_scores(selection.selected)
-    bundle = run.describe(selection, held_out)
+    choice = run.select_block()
+    held_out = run.held_out_scores(choice.selection.selected)
+    bundle = run.describe(choice.selection, held_out)
     folder = store.write(
         lambda weights_sha256: bundle.model_copy(
             update={"version": version, "weights_sha256": weights_sha256}
@@ -119,6 +130,7 @@ def calibrate(options: CalibrationOptions, store: Store, *, progress: Progress) 
         weights=run.network.state_dict(),
         calibration_scores=held_out.scores,
         calibration_classes=held_out.classes if options.has_class_thresholds else None,
+        attach=_report(choice, held_out) if options.has_report else None,
     )
     return Calibration(store.read(options.name, version), folder)
 
@@ -143,6 +155,12 @@ def build_network(options: CalibrationOptions) -> nn.Module:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise NetworkError(f"device {options.device} cannot be used: {reason}") from error
+
+
+def _report(choice: BlockChoice, held_out: HeldOut) -> Callable[[Bundle], Mapping[str, bytes]]:
+    """What is written beside the description: the report and its figures."""
+    scores = CalibrationScores(choice.norms, choice.jigsaw_norms, held_out.scores)
+    return lambda bundle: calibration_report(bundle, scores).files()
 
 
 class _Run:
@@ -172,17 +190,24 @@ class _Run:
             self._head = find_head(self.network, inputs)
 
     @torch.inference_mode()
-    def select_block(self) -> BlockSelection:
+    def select_block(self) -> BlockChoice:
         """NormRatio of every block over the selection images."""
         norms = BlockNorms(self.network, self._blocks)
         permutations = draw_permutations(len(self._selection.files), seed=self._options.seed)
-        ratios: list[NDArray[np.float32]] = []
+        of_images: list[NDArray[np.float32]] = []
+        of_puzzles: list[NDArray[np.float32]] = []
         for batch, inputs in self._batches("choosing the block", self._selection):
             puzzles = jigsaw(inputs, permutations[batch.indices], edge=self._options.edge)
-            ratios.append(
-                image_norm_ratios(_columns(norms.run(inputs)[1]), _columns(norms.run(puzzles)[1]))
-            )
-        return select_block(self._blocks, _joined(ratios), seed=self._options.seed)
+            of_images.append(_columns(norms.run(inputs)[1]))
+            of_puzzles.append(_columns(norms.run(puzzles)[1]))
+        image_norms, jigsaw_norms = _joined(of_images), _joined(of_puzzles)
+        selection = select_block(
+            self._blocks,
+            image_norm_ratios(image_norms, jigsaw_norms),
+            seed=self._options.seed,
+        )
+        column = self._blocks.index(selection.selected)
+        return BlockChoice(selection, image_norms[:, column], jigsaw_norms[:, column])
 
     def held_out_scores(self, block: Block) -> HeldOut:
         """The score and predicted class of every threshold image, by ascending score."""

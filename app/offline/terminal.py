@@ -1,6 +1,7 @@
 """Progress bars and tables for people."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, Self
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from rich.text import Text
 from app.core.threshold import Threshold
 from app.offline.calibrate import Calibration
 from app.offline.evaluate import ORACLE_TOLERANCE, Evaluation
+from app.offline.score import ScoreSummary
 from app.offline.tables import blocks_table, methods_table, oracle_sentence, rates
 from app.store import Store
 
@@ -124,6 +126,18 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
     for row in rows:
         table.add_row(*row)
     _console().print(table)
+
+
+def print_score_summary(summary: ScoreSummary, out: Path) -> None:
+    """How many images got which verdict, and where the table lies."""
+    console = _console()
+    if summary.resumed:
+        console.print(f"{summary.resumed} rows were there already")
+    for verdict, count in sorted(summary.verdicts.items()):
+        console.print(f"{verdict}: {count}")
+    if summary.unreadable:
+        console.print(f"[yellow]without a verdict[/]: {summary.unreadable}, see column error")
+    console.print(f"table written to {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_models(store: Store) -> None:
