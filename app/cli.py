@@ -76,7 +76,7 @@ def _add_serve(commands: Any) -> None:
 def _serve(options: argparse.Namespace) -> None:
     flags = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
     settings = Settings.read(flags)
-    from app.main import serve
+    from app.server import serve
 
     serve(settings)
 

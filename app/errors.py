@@ -10,15 +10,22 @@
     ├── NetworkError                 a network cannot be built, loaded or read
     ├── CalibrationError             the images cannot carry the calibration asked for
     ├── BundleError                  a bundle is missing, damaged or not for this installation
-    │   └── BundleNotFoundError      no bundle of that name and version
+    │   ├── BundleNotFoundError      no bundle of that name and version
+    │   └── ActivationError          a bundle cannot serve; what answered before still does
     ├── SettingsError                a setting is unknown or out of bounds
     └── ServingError                 a request cannot be answered now, or ever
         ├── MalformedRequestError    the request is not one the service understands
+        ├── UnauthorizedError        no valid credentials
+        ├── ForbiddenError           valid credentials that do not suffice
         ├── RequestTooLargeError     the body has more bytes than the limit
-        ├── QueueFullError           no room in the queue; come back after ``retry_after_s``
+        ├── BusyError                no room now; come back after ``retry_after_s``
+        │   ├── QueueFullError       too many images wait
+        │   └── MemoryBudgetError    too many bytes are in flight
         ├── NotReadyError            the models are still loading, or the service is draining
         ├── DeadlineExceededError    the deadline passed before the answer
-        └── ForwardError             the network failed on the batch
+        ├── ForwardError             the network failed on the batch
+        └── UpstreamError            the classifier behind the proxy cannot be reached, or broke off
+            └── UpstreamTimeoutError it was silent for too long
 """
 
 
@@ -58,6 +65,10 @@ class BundleNotFoundError(BundleError):
     """No bundle of that name and version."""
 
 
+class ActivationError(BundleError):
+    """A bundle cannot serve; what answered before still does."""
+
+
 class SettingsError(NormGateError):
     """A setting is unknown or out of bounds."""
 
@@ -68,6 +79,14 @@ class ServingError(NormGateError):
 
 class MalformedRequestError(ServingError):
     """The request is not one the service understands."""
+
+
+class UnauthorizedError(ServingError):
+    """No valid credentials."""
+
+
+class ForbiddenError(ServingError):
+    """Valid credentials that do not suffice."""
 
 
 class RequestTooLargeError(ServingError):
@@ -82,8 +101,16 @@ class ForwardError(ServingError):
     """The network failed on the batch."""
 
 
-class QueueFullError(ServingError):
-    """No room in the queue.
+class UpstreamError(ServingError):
+    """The classifier behind the proxy cannot be reached, or broke off."""
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """It was silent for too long."""
+
+
+class BusyError(ServingError):
+    """No room now.
 
     Args:
         message: fit for a client.
@@ -93,6 +120,14 @@ class QueueFullError(ServingError):
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QueueFullError(BusyError):
+    """Too many images wait, or too long for the deadline."""
+
+
+class MemoryBudgetError(BusyError):
+    """Too many bytes are in flight."""
 
 
 class NotReadyError(ServingError):

@@ -2,46 +2,65 @@
 
 import asyncio
 import logging
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-import uvicorn
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from app.api import problems
+from app.api.access_log import AccessLogMiddleware
+from app.api.admission import AdmissionMiddleware
 from app.api.request_id import RequestIdMiddleware
-from app.api.routes import models, operations, score
-from app.core.allocator import keep_memory
+from app.api.routes import gate, models, operations, proxy, score, v2
 from app.errors import NormGateError, SettingsError
 from app.serving.metrics import Metrics
 from app.serving.service import ScoringService
+from app.serving.upstream import Upstream
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 
 def create_app(
-    settings: Settings, *, on_start_failure: Callable[[NormGateError], None] | None = None
+    settings: Settings, *, on_started: Callable[[NormGateError | None], None] | None = None
 ) -> FastAPI:
-    """The ASGI application.
+    """The ASGI application; ``app.state.service`` is what it serves.
 
     It listens at once and is ready when its models are loaded and warm.
 
     Args:
         settings: checked already.
-        on_start_failure: told when a model cannot be loaded; the application then stays unready.
+        on_started: told when the models are loaded, or why they cannot be; the application then
+            stays unready.
+
+    Raises:
+        SettingsError: traces are wanted, and what sends them is not installed.
     """
     metrics = Metrics()
     service = ScoringService(settings, metrics)
+    upstream = _upstream(settings)
+    tracing = _tracing(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(_start(service, on_start_failure))
+        starting = asyncio.create_task(_start(service, on_started))
+        watching = asyncio.create_task(_watch(service, settings, starting))
         yield
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
         await starting
         await asyncio.to_thread(service.stop)
+        if upstream is not None:
+            await upstream.aclose()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.stop)
 
     app = FastAPI(
         title="NormGate",
@@ -50,62 +69,93 @@ def create_app(
             "Tells, for every image, whether the classifier was trained for images like it."
         ),
         lifespan=lifespan,
+        docs_url="/docs" if settings.docs else None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if settings.docs else None,
     )
     app.state.settings, app.state.metrics, app.state.service = settings, metrics, service
-    app.add_middleware(RequestIdMiddleware)
+    _add_middleware(app, settings, metrics, service)
+    _add_logs_and_traces(app, settings, tracing)
     problems.install(app, metrics)
-    for router in (score.router, models.router, operations.router):
+    routers = [score.router, gate.router, models.router, operations.router]
+    routers += [v2.health_router, v2.router]
+    if upstream is not None:
+        app.state.upstream = upstream
+        routers.append(proxy.router)
+    if settings.admin_token is not None:
+        routers += [models.admin_router, v2.admin_router]
+    for router in routers:
         app.include_router(router)
     return app
 
 
-def serve(settings: Settings) -> None:
-    """Listen until SIGTERM or SIGINT, then answer what was accepted and return.
+def _add_middleware(
+    app: FastAPI, settings: Settings, metrics: Metrics, service: ScoringService
+) -> None:
+    # The last one added is the first to see a request.
+    app.add_middleware(AdmissionMiddleware, service=service, metrics=metrics, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
 
-    Raises:
-        SettingsError: the address cannot be listened on.
-        BundleError: a model cannot be loaded.
-    """
-    keep_memory()
-    failures: list[NormGateError] = []
 
-    def give_up(error: NormGateError) -> None:
-        failures.append(error)
-        server.should_exit = True
+def _add_logs_and_traces(app: FastAPI, settings: Settings, tracing: "Tracing | None") -> None:
+    # Outside all others: they see every answer, refusals at the door too.
+    app.add_middleware(AccessLogMiddleware, sample=settings.access_log_sample)
+    if tracing is not None:
+        tracing.install(app)
+    app.add_middleware(RequestIdMiddleware)
 
-    app = create_app(settings, on_start_failure=give_up)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-    with _listen(settings) as listener:
-        host, port = listener.getsockname()[:2]
-        print(f"NormGate listens on http://{host}:{port}", flush=True)
-        # Everything was answered by then; uvicorn raises the signal once more for its caller.
-        with suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
-    if failures:
-        raise failures[0]
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        # Not at the top: it loads the SDK, which is an extra.
+        from app.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"NORMGATE_OTLP_ENDPOINT is set and {error.name} is not installed: "
+            "pip install 'normgate[otel]'"
+        ) from error
+    return Tracing(settings.otlp_endpoint)
+
+
+def _upstream(settings: Settings) -> Upstream | None:
+    if settings.upstream_url is None:
+        return None
+    return Upstream(
+        settings.upstream_url,
+        timeout_s=settings.upstream_timeout_s,
+        connections=settings.upstream_connections,
+    )
 
 
 async def _start(
-    service: ScoringService, on_failure: Callable[[NormGateError], None] | None
+    service: ScoringService, on_started: Callable[[NormGateError | None], None] | None
 ) -> None:
+    failure: NormGateError | None = None
     try:
         await asyncio.to_thread(service.start)
     except NormGateError as error:
-        if on_failure is None:
-            raise
-        on_failure(error)
+        failure = error
     except Exception as error:
         logger.exception("the models could not be loaded")
-        if on_failure is None:
-            raise
-        on_failure(NormGateError(f"the models could not be loaded: {error}"))
+        failure = NormGateError(f"the models could not be loaded: {error}")
+    if on_started is not None:
+        on_started(failure)
+    elif failure is not None:
+        raise failure
 
 
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    except OSError as error:
-        raise SettingsError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"
-        ) from error
+async def _watch(
+    service: ScoringService, settings: Settings, starting: "asyncio.Task[None]"
+) -> None:
+    await asyncio.wait([starting])
+    if settings.watch_s:
+        await service.watch()

@@ -16,8 +16,9 @@ _NOT_SETTINGS: Final = frozenset({"NORMGATE_DATA"})
 
 
 _SECRETS: Final = frozenset({"api_keys", "admin_token"})
-DECODED_BYTES_PER_PIXEL: Final = 9
-"""What decoding may hold for each pixel: a progressive JPEG's coefficients, then RGB."""
+DECODED_BYTES_PER_PIXEL: Final = 16
+"""Most that decoding holds for each pixel: two canvases and two copies of a WebP, four bytes each.
+"""
 
 
 class Settings(BaseSettings):

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version as library_version
@@ -221,13 +221,31 @@ class Store:
     def versions(self, name: str) -> list[int]:
         """Versions of a model, ascending; empty when there is no such model."""
         folder = self.root / name
-        if not folder.is_dir():
+        # Not every text is the name of a file: one too long is an error to the system.
+        if not re.fullmatch(NAME_PATTERN, name) or not folder.is_dir():
             return []
         return sorted(
             int(path.name)
             for path in folder.iterdir()
             if path.name.isdecimal() and (path / BUNDLE_FILE).is_file()
         )
+
+    def newest(self, name: str) -> int:
+        """The highest version of a model.
+
+        Raises:
+            BundleNotFoundError: there is no such model.
+        """
+        return int(self._folder(name, None).name)
+
+    def signature(self, name: str, version: int) -> Hashable:
+        """Something that changes when a file of the bundle does; for versions written by hand."""
+        folder = self.root / name / str(version)
+        try:
+            status = {path.name: path.stat() for path in folder.iterdir()}
+        except OSError:
+            return None
+        return frozenset((file, one.st_size, one.st_mtime_ns) for file, one in status.items())
 
     def read(self, name: str, version: int | None = None) -> Bundle:
         """The description of a bundle; the newest version by default.

@@ -256,6 +256,7 @@ def test_an_empty_store_has_no_names(tmp_path: Path, root: str) -> None:
         ("absent", None, "no model 'absent' in .*; there are: tiny"),
         ("tiny", 7, "model 'tiny' has no version 7; it has: 1"),
         ("tiny", 0, "model 'tiny' has no version 0; it has: 1"),
+        pytest.param("a" * 5000, None, "no model 'a+' in .*; there are: tiny", id="long name"),
     ],
 )
 def test_what_is_not_there_is_named(

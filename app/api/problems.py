@@ -12,18 +12,28 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from app.api.access_log import describe
+from app.api.request_id import HEADER
 from app.errors import (
+    ActivationError,
+    BundleError,
     BundleNotFoundError,
+    BusyError,
     DeadlineExceededError,
+    ForbiddenError,
     ForwardError,
     ImageTooLargeError,
     MalformedRequestError,
+    MemoryBudgetError,
     NormGateError,
     NotReadyError,
     QueueFullError,
     RequestTooLargeError,
+    UnauthorizedError,
     UndecodableImageError,
     UnsupportedImageError,
+    UpstreamError,
+    UpstreamTimeoutError,
 )
 from app.serving.metrics import Metrics, RejectReason
 
@@ -33,27 +43,41 @@ _CLIENT_CLOSED_REQUEST: Final = 499
 
 STATUS: Final[Mapping[type[NormGateError], int]] = {
     MalformedRequestError: 400,
+    UnauthorizedError: 401,
+    ForbiddenError: 403,
     BundleNotFoundError: 404,
+    ActivationError: 409,
+    BundleError: 409,
     RequestTooLargeError: 413,
     UnsupportedImageError: 415,
     ImageTooLargeError: 422,
     UndecodableImageError: 422,
     QueueFullError: 429,
+    MemoryBudgetError: 429,
     ForwardError: 500,
+    UpstreamError: 502,
     NotReadyError: 503,
     DeadlineExceededError: 504,
+    UpstreamTimeoutError: 504,
 }
 REASONS: Final[Mapping[type[NormGateError], RejectReason]] = {
     MalformedRequestError: "malformed",
     BundleNotFoundError: "malformed",
+    ActivationError: "failed",
+    BundleError: "failed",
+    UnauthorizedError: "unauthorized",
+    ForbiddenError: "unauthorized",
     RequestTooLargeError: "too_large",
     ImageTooLargeError: "too_large",
     UnsupportedImageError: "unsupported",
     UndecodableImageError: "undecodable",
     QueueFullError: "queue_full",
+    MemoryBudgetError: "memory",
     ForwardError: "failed",
     NotReadyError: "not_ready",
     DeadlineExceededError: "deadline",
+    UpstreamError: "upstream",
+    UpstreamTimeoutError: "upstream",
 }
 
 
@@ -67,6 +91,12 @@ class Problem(BaseModel):
     request_id: str
 
 
+class ErrorMessage(BaseModel):
+    """An error, as the Open Inference Protocol has it."""
+
+    error: str = Field(examples=["no model 'unknown' is loaded; there are: cifar10-resnet18"])
+
+
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI description of the problems a route may answer with."""
     return {
@@ -78,10 +108,20 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def v2_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI description of the errors a route under ``/v2`` may answer with."""
+    return {
+        status: {"description": http.HTTPStatus(status).phrase, "model": ErrorMessage}
+        for status in statuses
+    }
+
+
 def problem(
     request: Request, *, status: int, detail: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """A problem response."""
+    """A problem response; under ``/v2`` the only kind of error that its clients can read."""
+    if request.url.path == "/v2" or request.url.path.startswith("/v2/"):
+        return JSONResponse(ErrorMessage(error=detail).model_dump(), status, headers)
     body = Problem(
         type=f"https://www.rfc-editor.org/rfc/rfc9110#status.{status}",
         title=http.HTTPStatus(status).phrase,
@@ -92,22 +132,34 @@ def problem(
     return JSONResponse(body.model_dump(), status, headers, media_type=MEDIA_TYPE)
 
 
+def error_response(request: Request, error: NormGateError, metrics: Metrics) -> JSONResponse:
+    """The problem that tells of a domain error, which is counted."""
+    _reject(request, REASONS.get(type(error), "failed"), metrics)
+    status = STATUS.get(type(error), 500)
+    detail = str(error) if status != 500 else "the server failed on this request"
+    headers = {}
+    if isinstance(error, BusyError | NotReadyError):
+        headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return problem(request, status=status, detail=detail, headers=headers)
+
+
+def _reject(request: Request, reason: RejectReason, metrics: Metrics) -> None:
+    metrics.reject(reason)
+    describe(request, reason=reason)
+
+
 def install(app: FastAPI, metrics: Metrics) -> None:
     """Answer every error of ``app`` with a problem, and count it."""
 
     async def on_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, NormGateError)
-        metrics.reject(REASONS.get(type(error), "failed"))
-        status = STATUS.get(type(error), 500)
-        detail = str(error) if status != 500 else "the server failed on this request"
-        headers = {}
-        if isinstance(error, QueueFullError | NotReadyError):
-            headers["Retry-After"] = str(error.retry_after_s)
-        return problem(request, status=status, detail=detail, headers=headers)
+        return error_response(request, error, metrics)
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        metrics.reject("malformed")
+        _reject(request, "malformed", metrics)
         first = error.errors()[0]
         where = " ".join(map(str, first["loc"]))
         detail = f"{where} is {first.get('input')!r}: {first['msg']}"
@@ -120,13 +172,19 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         )
 
     async def on_disconnect(request: Request, error: Exception) -> Response:
-        metrics.reject("abandoned")
+        _reject(request, "abandoned", metrics)
         return Response(status_code=_CLIENT_CLOSED_REQUEST)  # nobody is there to read it
 
     async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        # Starlette logs the traceback; a client never sees internals.
-        metrics.reject("failed")
-        return problem(request, status=500, detail="the server failed on this request")
+        # The server logs the traceback; a client never sees internals. This answer does not pass
+        # through the middleware that adds the header.
+        _reject(request, "failed", metrics)
+        return problem(
+            request,
+            status=500,
+            detail="the server failed on this request",
+            headers={HEADER: request.state.request_id},
+        )
 
     app.add_exception_handler(NormGateError, on_error)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -39,12 +39,20 @@ class ScoreResponse(BaseModel):
     results: list[ImageResult]
 
 
+class ShadowSummary(BaseModel):
+    """A version that scores a share of the live images and never answers."""
+
+    version: int
+    share: float = Field(gt=0, le=1)
+
+
 class ModelSummary(BaseModel):
     """A loaded model and its versions."""
 
     name: str = Field(examples=["cifar10-resnet18"])
     active_version: int = Field(examples=[1])
-    versions: list[int]
+    versions: list[int] = Field(description="Loaded: those a request may name.")
+    shadow: ShadowSummary | None = None
 
 
 class ModelList(BaseModel):
@@ -54,12 +62,30 @@ class ModelList(BaseModel):
     models: list[ModelSummary]
 
 
+class VersionStatus(BaseModel):
+    """What one version does, or why it cannot."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    name: str = Field(examples=["cifar10-resnet18"])
+    version: int = Field(examples=[1])
+    state: Literal["active", "loaded", "shadow", "stored", "failed"]
+    reason: str = Field("", description="Why it could not be loaded.")
+
+
+class VersionList(BaseModel):
+    """Versions, by name and number."""
+
+    versions: list[VersionStatus]
+
+
 class ModelVersion(BaseModel):
-    """One version: whether it answers, and the calibration evidence."""
+    """One version: what it does, and the calibration evidence."""
 
     model_config = ConfigDict(protected_namespaces=())
 
     is_active: bool
+    state: Literal["active", "loaded", "shadow", "stored", "failed"]
     bundle: Bundle
 
 

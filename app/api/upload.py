@@ -1,13 +1,15 @@
 """Request bodies, read under a size cap: raw images and multipart forms."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from app.api.admission import holding_of
 from app.errors import MalformedRequestError, RequestTooLargeError, UnsupportedImageError
 
 FIELD: Final = "file"
@@ -32,15 +34,36 @@ async def read_uploads(request: Request, *, max_bytes: int) -> list[Upload]:
         RequestTooLargeError: more than ``max_bytes``, announced or counted while reading.
         UnsupportedImageError: a content type that is neither a form nor an image.
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type == "multipart/form-data":
+    if _is_form(request.headers):
         return await _read_form(request, max_bytes=max_bytes)
-    if content_type in _RAW_TYPES or content_type.startswith("image/"):
-        return [Upload(None, await read_body(request, max_bytes=max_bytes))]
-    raise UnsupportedImageError(
-        f"content type is {content_type!r}; send multipart/form-data, image/* or "
-        "application/octet-stream"
-    )
+    return [Upload(None, await read_body(request, max_bytes=max_bytes))]
+
+
+async def files_in(headers: Headers, body: bytes) -> list[bytes]:
+    """The image files of a body that has been read, which may be meant for another service.
+
+    Every file of a form counts, whatever its part is called: nobody knows which of them the other
+    service reads. Inputs that a browser submitted without a file do not.
+
+    Raises:
+        MalformedRequestError: the body is not the form it says it is, or says it is two things.
+        UnsupportedImageError: a content type that is neither a form nor an image, a content
+            coding, or a form without files.
+    """
+    if len(headers.getlist("content-type")) > 1:
+        # An image can be a form's preamble: the other service might read the other header.
+        raise MalformedRequestError("the request has several Content-Type headers")
+    coding = headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        raise UnsupportedImageError(f"content encoding is {coding!r}; send the image as it is")
+    if not _is_form(headers):
+        return [body]
+    async with _form(headers, _once(body), max_bytes=len(body)) as form:
+        files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+        contents = [await file.read() for file in files if file.filename or file.size]
+    if not contents:
+        raise UnsupportedImageError("the form has no file")
+    return contents
 
 
 async def read_body(request: Request, *, max_bytes: int) -> bytes:
@@ -50,20 +73,57 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
         MalformedRequestError: the body is empty.
         RequestTooLargeError: more than ``max_bytes``, announced or counted while reading.
     """
-    chunks = [chunk async for chunk in _capped(request, max_bytes=max_bytes)]
-    body = b"".join(chunks)
+    body = await read_bytes(request, max_bytes=max_bytes)
     if not body:
         raise MalformedRequestError("the body is empty; send an image")
     return body
 
 
-async def _read_form(request: Request, *, max_bytes: int) -> list[Upload]:
-    parser = MultiPartParser(
-        request.headers,
-        _capped(request, max_bytes=max_bytes),
-        max_files=_MAX_FILES,
-        max_part_size=max_bytes,
+async def read_bytes(request: Request, *, max_bytes: int) -> bytes:
+    """The whole body, which may be empty.
+
+    Raises:
+        RequestTooLargeError: more than ``max_bytes``, announced or counted while reading.
+    """
+    return b"".join([chunk async for chunk in _capped(request, max_bytes=max_bytes)])
+
+
+def _is_form(headers: Headers) -> bool:
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "multipart/form-data":
+        return True
+    if content_type in _RAW_TYPES or content_type.startswith("image/"):
+        return False
+    raise UnsupportedImageError(
+        f"content type is {content_type!r}; send multipart/form-data, image/* or "
+        "application/octet-stream"
     )
+
+
+async def _read_form(request: Request, *, max_bytes: int) -> list[Upload]:
+    chunks = _capped(request, max_bytes=max_bytes)
+    async with _form(request.headers, chunks, max_bytes=max_bytes) as form:
+        files = [value for name, value in form.multi_items() if name == FIELD]
+        uploads = [
+            Upload(value.filename, await value.read())
+            for value in files
+            if isinstance(value, UploadFile)
+        ]
+    if not uploads or len(uploads) < len(files):
+        raise MalformedRequestError(
+            f"the form has {len(files)} parts named {FIELD!r}, {len(uploads)} of them files; "
+            "each must be a file and there must be one at least"
+        )
+    if len(uploads) == 1 and not uploads[0].data:
+        raise MalformedRequestError(f"the part named {FIELD!r} is empty; send an image")
+    return uploads
+
+
+@asynccontextmanager
+async def _form(
+    headers: Headers, chunks: AsyncGenerator[bytes, None], *, max_bytes: int
+) -> AsyncIterator[FormData]:
+    parser = MultiPartParser(headers, chunks, max_files=_MAX_FILES, max_part_size=max_bytes)
     # Small enough to be kept in memory whole: the cap has counted every byte.
     parser.spool_max_size = max_bytes
     try:
@@ -72,29 +132,23 @@ async def _read_form(request: Request, *, max_bytes: int) -> list[Upload]:
         reason = getattr(error, "message", "no boundary in the content type")
         raise MalformedRequestError(f"the multipart form cannot be read: {reason}") from error
     try:
-        files = [value for name, value in form.multi_items() if name == FIELD]
-        uploads = [
-            Upload(value.filename, await value.read())
-            for value in files
-            if isinstance(value, UploadFile)
-        ]
+        yield form
     finally:
         await form.close()
-    if not uploads or len(uploads) < len(files):
-        raise MalformedRequestError(
-            f"the form has {len(files)} parts named {FIELD!r}, {len(uploads)} of them files; "
-            "each must be a file and there must be one at least"
-        )
-    return uploads
+
+
+async def _once(body: bytes) -> AsyncGenerator[bytes, None]:
+    yield body
 
 
 async def _capped(request: Request, *, max_bytes: int) -> AsyncGenerator[bytes, None]:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise RequestTooLargeError(f"the body has {announced} bytes; the limit is {max_bytes}")
-    count = 0
+    holding, count = holding_of(request), 0
     async for chunk in request.stream():
         count += len(chunk)
         if count > max_bytes:
             raise RequestTooLargeError(f"the body has more than {max_bytes} bytes, the limit")
+        holding.grow_to(count)
         yield chunk

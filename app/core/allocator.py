@@ -1,6 +1,7 @@
 """glibc's allocator, told to keep what it has instead of giving it back between batches."""
 
 import ctypes
+import gc
 import sys
 from typing import Final
 
@@ -25,3 +26,16 @@ def keep_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _GIBIBYTE) or mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(_M_TRIM_THRESHOLD, 2 * _GIBIBYTE - 1)
         mallopt(_M_TOP_PAD, _GIBIBYTE // 8)
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system, once: after a whole network has been let go.
+
+    Elsewhere than on Linux with glibc this only collects garbage.
+    """
+    gc.collect()
+    if sys.platform != "linux":
+        return
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

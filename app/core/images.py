@@ -43,7 +43,14 @@ Pixels = NDArray[np.uint8]
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 DEFAULT_MAX_PIXELS: Final = 50_000_000
+DEFAULT_MAX_SCANS: Final = 100
+"""A progressive JPEG as encoders write it has about ten."""
+MAX_READS: Final = 100_000
+"""Pieces that a file is read in: Pillow walks from segment to segment, some microseconds each."""
 REFERENCE_JPEG: Final = Path(__file__).with_name("reference.jpg")
+
+_START_OF_SCAN: Final = b"\xff\xda"
+_STRIP_PIXELS: Final = 2**20
 
 # What Pillow and its plugins raise on hostile bytes, beside its documented OSError.
 _DECODE_ERRORS: Final = (
@@ -77,16 +84,19 @@ class ImageHeader:
         return self.width * self.height
 
 
-def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> ImageHeader:
+def read_header(
+    data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, max_scans: int = DEFAULT_MAX_SCANS
+) -> ImageHeader:
     """Format, size and EXIF orientation of an image, read without decoding it.
 
     Args:
         data: the file's bytes.
         max_pixels: largest accepted width times height.
+        max_scans: most scans of a JPEG, each of which may visit every pixel again.
 
     Raises:
         UnsupportedImageError: the first bytes are none of ``FORMATS``.
-        ImageTooLargeError: the image has more than ``max_pixels`` pixels.
+        ImageTooLargeError: the image has more than ``max_pixels`` pixels, or ``max_scans`` scans.
         UndecodableImageError: the header is truncated or corrupt.
     """
     with _open(data) as image:
@@ -102,15 +112,20 @@ def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> ImageHe
             f"image is {header.width}x{header.height} pixels ({header.pixels / 1e6:.1f} MP); "
             f"the limit is {max_pixels / 1e6:.1f} MP"
         )
+    if header.format == "JPEG":
+        _check_scans(data, max_scans)
     return header
 
 
-def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
+def decode(
+    data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, max_scans: int = DEFAULT_MAX_SCANS
+) -> Pixels:
     """The upright RGB pixels of an image: first frame, alpha over white, 8 bits a channel.
 
     Args:
         data: the bytes of a JPEG, PNG, WebP, GIF or BMP file.
         max_pixels: largest accepted width times height, checked before decoding.
+        max_scans: most scans of a JPEG, checked before decoding.
 
     Returns:
         ``[H, W, 3]`` uint8, rotated as the EXIF orientation says.
@@ -118,7 +133,15 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
     Raises:
         ImageError: the bytes are not an image that can be scored.
     """
-    header = read_header(data, max_pixels=max_pixels)
+    return decode_accepted(data, read_header(data, max_pixels=max_pixels, max_scans=max_scans))
+
+
+def decode_accepted(data: bytes, header: ImageHeader) -> Pixels:
+    """As :func:`decode`, for an image whose header has been read and accepted.
+
+    Raises:
+        UndecodableImageError: the pixels are truncated or corrupt.
+    """
     if header.format == "JPEG" and header.mode in ("L", "RGB"):
         pixels = _decode_jpeg(data)
     else:
@@ -217,6 +240,23 @@ def installed_decoder() -> Decoder:
     )
 
 
+class _Pieces(io.BytesIO):
+    """A file in memory that is read in ``MAX_READS`` pieces at most.
+
+    Millions of empty segments, chunks or runs would keep a thread for minutes.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._left = MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if not self._left:
+            raise UndecodableImageError(f"image is in more than {MAX_READS} pieces, the limit")
+        self._left -= 1
+        return super().read(size)
+
+
 def _sniff(data: bytes) -> str:
     if data[:3] == b"\xff\xd8\xff":
         return "JPEG"
@@ -234,10 +274,17 @@ def _sniff(data: bytes) -> str:
     )
 
 
+def _check_scans(data: bytes, max_scans: int) -> None:
+    # Entropy-coded data never holds these two bytes: a marker's 0xff is stuffed there.
+    scans = data.count(_START_OF_SCAN)
+    if scans > max_scans:
+        raise ImageTooLargeError(f"JPEG has {scans} scans; the limit is {max_scans}")
+
+
 def _open(data: bytes) -> Image.Image:
     image_format = _sniff(data)
     try:
-        return Image.open(io.BytesIO(data), formats=[image_format])
+        return Image.open(_Pieces(data), formats=[image_format])
     except _DECODE_ERRORS as error:
         raise UndecodableImageError(f"{image_format} header is truncated or corrupt") from error
 
@@ -271,6 +318,16 @@ def _decode_with_pillow(data: bytes) -> Pixels:
 
 
 def _rgb(image: Image.Image) -> Pixels:
+    """The pixels of any mode, a strip at a time: conversions need several times their memory."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = _strip_rgb(image.crop((0, top, image.width, bottom)))
+    return pixels
+
+
+def _strip_rgb(image: Image.Image) -> Pixels:
     if image.mode.startswith("I"):
         # 16-bit gray: Pillow's own conversion clips instead of scaling.
         gray = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
@@ -278,7 +335,7 @@ def _rgb(image: Image.Image) -> Pixels:
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+    return np.asarray(image.convert("RGB"))
 
 
 def _as_stored(pixels: Pixels) -> Pixels:

@@ -3,6 +3,10 @@
 Work-conserving: a thread that is free takes whatever waits, at once; while all are busy, what
 arrives gathers into the next batch. Nothing polls: threads sleep on a condition, requests on a
 future. An item whose request is gone or late leaves the queue before it reaches a thread.
+
+An item holds a place from the moment its request is let in, before it is decoded, until a thread
+takes it. A request is refused when there are too few places, or when what is ahead of it would
+take longer than it can wait: it learns so at once, and nothing is computed in vain.
 """
 
 import asyncio
@@ -10,26 +14,40 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final, Generic, Literal, TypeVar
 
 from app.errors import DeadlineExceededError, NotReadyError, QueueFullError
+from app.serving.stages import Interval, intervals
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 DropReason = Literal["expired", "abandoned"]
 
-_LATEST_WEIGHT: Final = 0.1
-"""Of the latest batch in the moving average of the service time."""
+_ITEM_WEIGHT: Final = 0.05
+"""Of one item in the moving average of the seconds an item takes."""
+_WAITING_SHARE: Final = 0.8
+"""Of the time to a deadline that waiting may take: the estimate errs, and a late answer is lost."""
+_BACKGROUND_BATCHES: Final = 4
+"""Batches of background items that may wait."""
 
 
 class _Request(Generic[Result]):
     """The items of one request, answered together."""
 
-    def __init__(self, future: asyncio.Future[list[Result]], *, size: int, deadline: float) -> None:
+    def __init__(
+        self,
+        future: asyncio.Future[list[Result]],
+        *,
+        size: int,
+        deadline: float,
+        kept: list[Interval] | None,
+    ) -> None:
         self.future = future
         self.deadline = deadline
+        self.kept = kept
         self._results: dict[int, Result] = {}
         self._size = size
 
@@ -47,6 +65,14 @@ class _Request(Generic[Result]):
 
 
 @dataclass(frozen=True)
+class _Lane:
+    """Items that may share a batch; those in the background wait for all others."""
+
+    is_background: bool
+    key: Hashable
+
+
+@dataclass(frozen=True)
 class _Pending(Generic[Item, Result]):
     """One item on its way."""
 
@@ -54,6 +80,13 @@ class _Pending(Generic[Item, Result]):
     request: _Request[Result]
     position: int
     arrived: float
+
+
+class Places:
+    """Places in the queue held for items that are still being prepared."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
 
 
 @dataclass(frozen=True)
@@ -66,17 +99,31 @@ class Batch(Generic[Item, Result]):
     """How long each item waited in the queue."""
     _requests: Sequence[tuple[_Request[Result], int]]
     _loop: asyncio.AbstractEventLoop
-    _measure: Callable[[float], None]
-    _taken: float = field(default_factory=time.monotonic)
+    _on_end: Callable[[int], None]
 
     def complete(self, results: Sequence[Result]) -> None:
         """Answer the items, in order; for the worker's thread to call."""
-        self._measure((time.monotonic() - self._taken) / len(self.items))
+        self._on_end(len(self.items))
         self._loop.call_soon_threadsafe(self._settle, results)
 
     def fail(self, error: Exception) -> None:
         """Fail the requests in this batch, and no others; for the worker's thread to call."""
+        self._on_end(len(self.items))
         self._loop.call_soon_threadsafe(self._fail, error)
+
+    def trace(self, *, forward_started: float, forward_s: float) -> None:
+        """Tell the traced requests in this batch of its wait and its forward pass."""
+        waits_s = {
+            request: wait_s
+            for (request, _), wait_s in zip(self._requests, self.waits_s, strict=True)
+            if request.kept is not None
+        }
+        for request, wait_s in waits_s.items():
+            assert request.kept is not None
+            request.kept += [
+                Interval("queue", forward_started - wait_s, forward_started),
+                Interval("forward", forward_started, forward_started + forward_s),
+            ]
 
     def _settle(self, results: Sequence[Result]) -> None:
         for (request, position), result in zip(self._requests, results, strict=True):
@@ -87,6 +134,32 @@ class Batch(Generic[Item, Result]):
             request.fail(error)
 
 
+class _Pace:
+    """Seconds that an item takes, all threads together, measured while there is work."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.seconds_per_item = 0.0
+        self._items = 0
+        self._since = 0.0
+
+    def begin(self, count: int) -> None:
+        if self._items == 0:
+            self._since = self._clock()
+        self._items += count
+
+    def drop(self, count: int) -> None:
+        self._items -= count
+
+    def end(self, count: int) -> None:
+        now = self._clock()
+        sample = (now - self._since) / count
+        weight = 1 - (1 - _ITEM_WEIGHT) ** count if self.seconds_per_item else 1
+        self.seconds_per_item += weight * (sample - self.seconds_per_item)
+        self._since = now
+        self._items -= count
+
+
 class Batcher(Generic[Item, Result]):
     """A bounded queue of items, handed out in batches of one key.
 
@@ -94,8 +167,8 @@ class Batcher(Generic[Item, Result]):
         max_batch_size: most items in a batch; a request with more is split.
         queue_size: most items waiting; a request with more is accepted by an empty queue alone.
         max_wait_s: how long a free thread waits for a batch to fill; 0 never delays.
-        workers: threads that take batches, for the estimate of the waiting time.
         on_drop: told of items that left the queue unanswered.
+        clock: in seconds, the one deadlines are on.
     """
 
     def __init__(
@@ -104,32 +177,83 @@ class Batcher(Generic[Item, Result]):
         max_batch_size: int,
         queue_size: int,
         max_wait_s: float = 0,
-        workers: int = 1,
         on_drop: Callable[[DropReason, int], None] = lambda reason, count: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_batch_size = max_batch_size
         self._queue_size = queue_size
         self._max_wait_s = max_wait_s
-        self._workers = workers
         self._on_drop = on_drop
+        self._clock = clock
         self._changed = threading.Condition()
-        self._queues: dict[Hashable, deque[_Pending[Item, Result]]] = {}
-        self._depth = 0
+        self._queues: dict[_Lane, deque[_Pending[Item, Result]]] = {}
+        self._depths = {False: 0, True: 0}
+        self._held = 0
+        self._pace = _Pace(clock)
         self._is_closed = False
-        self._seconds_per_item = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def depth(self) -> int:
-        """Items waiting."""
-        return self._depth
+        """Items that wait for a thread or are being prepared for it; without the background."""
+        return self._depths[False] + self._held
 
     def retry_after_s(self) -> int:
-        """Whole seconds until the queue of now is worked off at the measured rate; at least 1."""
-        return max(1, math.ceil(self._depth * self._seconds_per_item / self._workers))
+        """Whole seconds until the queue of now is worked off at the measured pace; at least 1."""
+        return max(1, math.ceil(self._expected_wait_s()))
+
+    def check_room(self, count: int = 1, *, deadline: float = math.inf) -> None:
+        """Whether ``count`` more items would be let in.
+
+        Raises:
+            QueueFullError: they do not fit, or would be answered too late.
+            NotReadyError: the batcher is closed.
+        """
+        if self._is_closed:
+            raise NotReadyError("the service is shutting down")
+        if self.depth == 0:
+            return
+        if self.depth + count > self._queue_size:
+            raise QueueFullError(
+                f"{self.depth} images wait and {count} more do not fit; "
+                f"the limit is {self._queue_size}",
+                retry_after_s=self.retry_after_s(),
+            )
+        wait_s, left_s = self._expected_wait_s(), deadline - self._clock()
+        if wait_s > _WAITING_SHARE * left_s:
+            raise QueueFullError(
+                f"{self.depth} images wait, about {wait_s:.1f} s; the deadline is in "
+                f"{max(0, left_s):.1f} s",
+                retry_after_s=self.retry_after_s(),
+            )
+
+    @contextmanager
+    def places(self, count: int, *, deadline: float = math.inf) -> Iterator[Places]:
+        """Hold ``count`` places for items that will be submitted, or not, inside the context.
+
+        Raises:
+            QueueFullError: they do not fit, or would be answered too late.
+            NotReadyError: the batcher is closed.
+        """
+        with self._changed:
+            self.check_room(count, deadline=deadline)
+            self._held += count
+            self._pace.begin(count)
+        held = Places(count)
+        try:
+            yield held
+        finally:
+            with self._changed:
+                self._give_up(held)
 
     async def submit(
-        self, key: Hashable, items: Sequence[Item], *, deadline: float = math.inf
+        self,
+        key: Hashable,
+        items: Sequence[Item],
+        *,
+        deadline: float = math.inf,
+        places: Places | None = None,
+        is_background: bool = False,
     ) -> list[Result]:
         """The results of ``items``, in order, once the last of them is done.
 
@@ -139,6 +263,8 @@ class Batcher(Generic[Item, Result]):
             key: only items of equal keys share a batch.
             items: at least one.
             deadline: on the clock of ``time.monotonic``.
+            places: held for these items; without them room is asked for now.
+            is_background: wait until nothing else does, in a small queue of their own.
 
         Raises:
             QueueFullError: the queue has no room.
@@ -148,31 +274,39 @@ class Batcher(Generic[Item, Result]):
         """
         self._loop = asyncio.get_running_loop()
         request: _Request[Result] = _Request(
-            self._loop.create_future(), size=len(items), deadline=deadline
+            self._loop.create_future(),
+            size=len(items),
+            deadline=deadline,
+            # What runs in the background outlives the request that caused it, and its trace.
+            kept=None if is_background else intervals(),
         )
-        self._enqueue(key, items, request)
+        lane = _Lane(is_background, key)
+        self._enqueue(lane, items, request, places)
         reason: DropReason = "abandoned"
         try:
-            left_s = None if deadline == math.inf else deadline - time.monotonic()
+            left_s = None if deadline == math.inf else deadline - self._clock()
             async with asyncio.timeout(left_s):
                 return await request.future
         except TimeoutError:
             reason = "expired"
             raise DeadlineExceededError("the deadline passed before the answer") from None
         finally:
-            self._withdraw(key, request, reason)
+            self._withdraw(lane, request, reason)
 
     def take(self) -> Batch[Item, Result] | None:
         """The next batch, as soon as there is one; None once closed and empty. Blocks."""
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._depth or self._is_closed)
-                if not self._depth:
+                self._changed.wait_for(lambda: self._queues or self._is_finished())
+                if not self._queues:
                     return None
-                key = min(self._queues, key=lambda key: self._queues[key][0].arrived)
-                self._wait_for_company(key)
-                if taken := self._pop(key):
-                    return self._batch(key, taken)
+                lane = min(
+                    self._queues,
+                    key=lambda lane: (lane.is_background, self._queues[lane][0].arrived),
+                )
+                self._wait_for_company(lane)
+                if taken := self._pop(lane):
+                    return self._batch(lane, taken)
 
     def close(self) -> None:
         """Refuse new items; what was accepted is still handed out."""
@@ -180,84 +314,115 @@ class Batcher(Generic[Item, Result]):
             self._is_closed = True
             self._changed.notify_all()
 
-    def _enqueue(self, key: Hashable, items: Sequence[Item], request: _Request[Result]) -> None:
-        arrived = time.monotonic()
+    def _is_finished(self) -> bool:
+        return self._is_closed and not self._held
+
+    def _expected_wait_s(self) -> float:
+        return self.depth * self._pace.seconds_per_item
+
+    def _give_up(self, held: Places) -> None:
+        self._held -= held.count
+        self._pace.drop(held.count)
+        held.count = 0
+        if self._is_finished():
+            self._changed.notify_all()
+
+    def _enqueue(
+        self,
+        lane: _Lane,
+        items: Sequence[Item],
+        request: _Request[Result],
+        places: Places | None,
+    ) -> None:
+        arrived = self._clock()
         with self._changed:
-            if self._is_closed:
-                raise NotReadyError("the service is shutting down")
-            if self._depth and self._depth + len(items) > self._queue_size:
-                raise QueueFullError(
-                    f"{self._depth} images wait and {len(items)} more do not fit; "
-                    f"the limit is {self._queue_size}",
-                    retry_after_s=self.retry_after_s(),
-                )
-            self._queues.setdefault(key, deque()).extend(
+            if places is not None:
+                self._give_up(places)
+            elif lane.is_background:
+                self._check_background(len(items))
+            else:
+                self.check_room(len(items), deadline=request.deadline)
+            self._queues.setdefault(lane, deque()).extend(
                 _Pending(item, request, position, arrived) for position, item in enumerate(items)
             )
-            self._depth += len(items)
+            self._depths[lane.is_background] += len(items)
+            self._pace.begin(len(items))
             self._changed.notify()
 
-    def _withdraw(self, key: Hashable, request: _Request[Result], reason: DropReason) -> None:
+    def _check_background(self, count: int) -> None:
+        room = _BACKGROUND_BATCHES * self._max_batch_size - self._depths[True]
+        if self._is_closed or count > room:
+            raise QueueFullError(
+                f"{count} images do not fit in the background; there is room for {room}",
+                retry_after_s=self.retry_after_s(),
+            )
+
+    def _withdraw(self, lane: _Lane, request: _Request[Result], reason: DropReason) -> None:
         """Take what still waits of a request that has ended out of the queue."""
         if request.is_answered():
             return
         with self._changed:
-            queue = self._queues.get(key, deque())
+            queue = self._queues.get(lane, deque())
             kept = deque(pending for pending in queue if pending.request is not request)
             dropped = len(queue) - len(kept)
-            self._depth -= dropped
-            self._replace(key, kept)
+            self._drop(lane, dropped)
+            self._replace(lane, kept)
         if dropped:
             self._on_drop(reason, dropped)
 
-    def _wait_for_company(self, key: Hashable) -> None:
-        if not self._max_wait_s:
+    def _drop(self, lane: _Lane, count: int) -> None:
+        self._depths[lane.is_background] -= count
+        self._pace.drop(count)
+
+    def _wait_for_company(self, lane: _Lane) -> None:
+        if not self._max_wait_s or lane.is_background:
             return
-        until = self._queues[key][0].arrived + self._max_wait_s
+        until = self._queues[lane][0].arrived + self._max_wait_s
         self._changed.wait_for(
-            lambda: self._is_closed or len(self._queues.get(key, ())) >= self._max_batch_size,
-            timeout=max(0, until - time.monotonic()),
+            lambda: self._is_closed or len(self._queues.get(lane, ())) >= self._max_batch_size,
+            timeout=max(0, until - self._clock()),
         )
 
-    def _pop(self, key: Hashable) -> list[_Pending[Item, Result]]:
-        """Up to a batch of the items of ``key`` that somebody still waits for."""
-        queue = self._queues.get(key, deque())
+    def _pop(self, lane: _Lane) -> list[_Pending[Item, Result]]:
+        """Up to a batch of the items of a lane that somebody still waits for."""
+        queue = self._queues.get(lane, deque())
         taken: list[_Pending[Item, Result]] = []
-        now, expired = time.monotonic(), 0
+        now, expired, gone = self._clock(), 0, 0
         while queue and len(taken) < self._max_batch_size:
             pending = queue.popleft()
-            self._depth -= 1
             if pending.request.deadline <= now:
                 expired += 1
-            elif not pending.request.future.done():
+            elif pending.request.future.done():
+                gone += 1
+            else:
                 taken.append(pending)
-        self._replace(key, queue)
-        if self._depth:
+        self._depths[lane.is_background] -= len(taken)
+        self._drop(lane, expired + gone)
+        self._replace(lane, queue)
+        if self._queues:
             self._changed.notify()
         if expired:
             self._on_drop("expired", expired)
         return taken
 
-    def _replace(self, key: Hashable, queue: deque[_Pending[Item, Result]]) -> None:
+    def _replace(self, lane: _Lane, queue: deque[_Pending[Item, Result]]) -> None:
         if queue:
-            self._queues[key] = queue
+            self._queues[lane] = queue
         else:
-            self._queues.pop(key, None)
+            self._queues.pop(lane, None)
 
-    def _batch(self, key: Hashable, taken: Sequence[_Pending[Item, Result]]) -> Batch[Item, Result]:
+    def _batch(self, lane: _Lane, taken: Sequence[_Pending[Item, Result]]) -> Batch[Item, Result]:
         assert self._loop is not None, "an item can only come from submit"
-        now = time.monotonic()
+        now = self._clock()
         return Batch(
-            key=key,
+            key=lane.key,
             items=[pending.item for pending in taken],
             waits_s=[now - pending.arrived for pending in taken],
             _requests=[(pending.request, pending.position) for pending in taken],
             _loop=self._loop,
-            _measure=self._measure,
+            _on_end=self._end,
         )
 
-    def _measure(self, seconds_per_item: float) -> None:
+    def _end(self, count: int) -> None:
         with self._changed:
-            if self._seconds_per_item == 0:
-                self._seconds_per_item = seconds_per_item
-            self._seconds_per_item += _LATEST_WEIGHT * (seconds_per_item - self._seconds_per_item)
+            self._pace.end(count)

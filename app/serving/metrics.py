@@ -1,14 +1,16 @@
 """The Prometheus families of DESIGN section 4, in a registry of their own."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-Stage = Literal["read", "decode", "queue", "forward", "total"]
-STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
+from app.serving.stages import STAGES, Interval, Stage, intervals
+from app.store import Bundle
 
 RejectReason = Literal[
     "malformed",
@@ -16,9 +18,12 @@ RejectReason = Literal[
     "unsupported",
     "undecodable",
     "queue_full",
+    "memory",
+    "unauthorized",
     "not_ready",
     "deadline",
     "abandoned",
+    "upstream",
     "failed",
 ]
 REJECT_REASONS: Final[tuple[RejectReason, ...]] = get_args(RejectReason)
@@ -35,18 +40,20 @@ _SECONDS_BUCKETS: Final = (
 _SIZE_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-class ModelMetrics:
+class ScoreMetrics:
     """The series of one model version, bound once so that an image costs no look-up."""
 
-    def __init__(self, metrics: "Metrics", *, model: str, version: int, threshold: float) -> None:
+    def __init__(
+        self, families: "ScoreFamilies", *, model: str, version: int, threshold: float
+    ) -> None:
         labels = (model, str(version))
         self._threshold = threshold
         self._images = {
-            is_ood: metrics.images.labels(*labels, "ood" if is_ood else "id")
+            is_ood: families.images.labels(*labels, "ood" if is_ood else "id")
             for is_ood in (False, True)
         }
-        self._score_ratio = metrics.score_ratio.labels(*labels)
-        self._p_value = metrics.p_value.labels(*labels)
+        self._score_ratio = families.score_ratio.labels(*labels)
+        self._p_value = families.p_value.labels(*labels)
 
     def observe(self, *, score: float, p_value: float, is_ood: bool) -> None:
         """Count one scored image."""
@@ -57,6 +64,57 @@ class ModelMetrics:
         self._p_value.observe(p_value)
 
 
+class ShadowMetrics(ScoreMetrics):
+    """The series of a version that looks on, and how often it disagrees."""
+
+    def __init__(self, metrics: "Metrics", *, model: str, version: int, threshold: float) -> None:
+        super().__init__(metrics.shadow_scores, model=model, version=version, threshold=threshold)
+        self._disagreements = {
+            is_ood: metrics.shadow_disagreements.labels(
+                model, str(version), "ood" if is_ood else "id"
+            )
+            for is_ood in (False, True)
+        }
+
+    def disagree(self, *, is_ood: bool) -> None:
+        """Count one image of which the active version thought otherwise."""
+        self._disagreements[is_ood].inc()
+
+
+class ScoreFamilies:
+    """What is known of scored images: their verdicts, scores and p-values.
+
+    Args:
+        registry: where the families are registered.
+        prefix: before each name; shadows have families of their own, so that a sum over
+            versions counts no image twice.
+        who: ends each help text.
+    """
+
+    def __init__(self, registry: CollectorRegistry, *, prefix: str = "", who: str = "") -> None:
+        model = ("model", "version")
+        self.images = Counter(
+            f"normgate_{prefix}images",
+            f"Images scored{who}, by verdict.",
+            (*model, "verdict"),
+            registry=registry,
+        )
+        self.score_ratio = Histogram(
+            f"normgate_{prefix}score_ratio",
+            f"Score over threshold{who}: below 1 is OOD.",
+            model,
+            buckets=_RATIO_BUCKETS,
+            registry=registry,
+        )
+        self.p_value = Histogram(
+            f"normgate_{prefix}p_value",
+            f"Conformal p-value{who}: uniform while the stream is ID.",
+            model,
+            buckets=_P_VALUE_BUCKETS,
+            registry=registry,
+        )
+
+
 class Metrics:
     """All families; one instance a service."""
 
@@ -65,17 +123,20 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         model = ("model", "version")
-        self.images = Counter(
-            "normgate_images",
-            "Images scored, by verdict.",
+        self.scores = ScoreFamilies(self.registry)
+        self.shadow_scores = ScoreFamilies(
+            self.registry, prefix="shadow_", who=" by a shadow version"
+        )
+        self.shadow_disagreements = Counter(
+            "normgate_shadow_disagreements",
+            "Images that a shadow version judged otherwise than the active one, by its verdict.",
             (*model, "verdict"),
             registry=self.registry,
         )
-        self.score_ratio = self._histogram(
-            "score_ratio", "Score over threshold: below 1 is OOD.", _RATIO_BUCKETS, model
-        )
-        self.p_value = self._histogram(
-            "p_value", "Conformal p-value: uniform while the stream is ID.", _P_VALUE_BUCKETS, model
+        self.shadow_dropped = Counter(
+            "normgate_shadow_dropped",
+            "Images that a shadow version should have scored and could not: no room, or an error.",
+            registry=self.registry,
         )
         self.stage_seconds = self._histogram(
             "stage_seconds", "Time spent in each stage of a request.", _SECONDS_BUCKETS, ("stage",)
@@ -99,16 +160,57 @@ class Metrics:
         self.model_load_seconds = self._gauge(
             "model_load_seconds", "Time it took to load and warm up a model version.", model
         )
+        self.model_role = self._gauge(
+            "model_role",
+            "1 for what a loaded version does: answer (active), answer when named (loaded), "
+            "or look on (shadow).",
+            (*model, "role"),
+        )
+        self.inflight_bytes = self._gauge(
+            "inflight_bytes", "Bytes of uploads and decoded pixels held by requests."
+        )
+        self._roles: dict[str, set[tuple[str, str]]] = {}
         self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
         self._rejected = {reason: self.rejected.labels(reason) for reason in REJECT_REASONS}
 
     def observe_stage(self, stage: Stage, seconds: float) -> None:
-        """Take one duration in."""
+        """Take in a stage that has just ended."""
         self._stages[stage].observe(seconds)
+        if (kept := intervals()) is not None:
+            now = time.monotonic()
+            kept.append(Interval(stage, now - seconds, now))
+
+    @contextmanager
+    def time_stage(self, stage: Stage) -> Iterator[None]:
+        """Take in how long the context lasts."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.observe_stage(stage, time.monotonic() - started)
 
     def reject(self, reason: RejectReason, count: int = 1) -> None:
         """Count images or requests that got no verdict."""
         self._rejected[reason].inc(count)
+
+    def remember(self, bundle: Bundle, *, load_seconds: float) -> None:
+        """A version has been loaded."""
+        self.model_info.labels(*_info_labels(bundle)).set(1)
+        self.model_load_seconds.labels(bundle.name, str(bundle.version)).set(load_seconds)
+
+    def forget(self, bundle: Bundle) -> None:
+        """A version has been let go; its counters stay, as Prometheus wants them."""
+        self.model_info.remove(*_info_labels(bundle))
+        self.model_load_seconds.remove(bundle.name, str(bundle.version))
+
+    def set_roles(self, model: str, roles: Mapping[int, str]) -> None:
+        """What the loaded versions of a model do now."""
+        now = {(str(version), role) for version, role in roles.items()}
+        for version, role in self._roles.get(model, set()) - now:
+            self.model_role.remove(model, version, role)
+        for version, role in now:
+            self.model_role.labels(model, version, role).set(1)
+        self._roles[model] = now
 
     def _histogram(
         self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str]
@@ -119,3 +221,7 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
         return Gauge(f"normgate_{name}", text, tuple(labels), registry=self.registry)
+
+
+def _info_labels(bundle: Bundle) -> tuple[str, str, str, str]:
+    return bundle.name, str(bundle.version), bundle.architecture.id, bundle.block

@@ -1,16 +1,31 @@
-"""The models that are loaded: which there are, which answers, and a detector on every device."""
+"""The models that are loaded: which there are, which answer, which look on as shadows.
 
+Changes are made aside and take effect in one assignment, so that a request sees the models as
+they were before a change or as they are after it. A change that fails changes nothing.
+"""
+
+import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
 
+import structlog
 import torch
 
+from app.core.allocator import return_memory
 from app.core.detector import Detector
-from app.errors import BundleError, BundleNotFoundError
-from app.serving.metrics import Metrics, ModelMetrics
+from app.errors import ActivationError, BundleError, BundleNotFoundError
+from app.serving.metrics import Metrics, ScoreMetrics, ShadowMetrics
+from app.serving.statistics import ModelStatistics
 from app.settings import Settings
 from app.store import Bundle, Store
+
+logger: Final = structlog.get_logger(__name__)
+
+State = Literal["active", "loaded", "shadow", "stored", "failed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,15 +34,66 @@ class LoadedModel:
 
     bundle: Bundle
     detectors: Mapping[str, Detector]
-    metrics: ModelMetrics
+    metrics: ScoreMetrics
+    statistics: ModelStatistics = field(default_factory=ModelStatistics)
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """A version that scores a share of the live images and never answers."""
+
+    model: LoadedModel
+    share: float
+    metrics: ShadowMetrics
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The loaded versions of one model."""
+
+    active: int
+    versions: Mapping[int, LoadedModel]
+    shadow: Shadow | None = None
+
+    def loaded(self) -> dict[int, LoadedModel]:
+        """All of them, the shadow too."""
+        shadow = {} if self.shadow is None else {_version(self.shadow.model): self.shadow.model}
+        return {**self.versions, **shadow}
+
+
+@dataclass(frozen=True)
+class VersionState:
+    """A version in the store or in memory."""
+
+    name: str
+    version: int
+    state: State
+    reason: str = ""
+    """Why it could not be loaded."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a version could not be loaded, and the files it had then."""
+
+    reason: str
+    signature: object
+
+
+@dataclass
+class _Search:
+    """What earlier searches of the store saw."""
+
+    newest: dict[str, int] = field(default_factory=dict)
+    failures: dict[tuple[str, int], _Failure] = field(default_factory=dict)
 
 
 class ModelPool:
-    """Loaded models by name; the newest version of each is active.
+    """Loaded models by name. Safe in any thread; changes block, and exclude each other.
 
     Args:
-        settings: which store, which default model.
-        metrics: told of every model loaded.
+        settings: which store, which default model, how many versions.
+        metrics: told of every model loaded and let go.
         devices: the device names of the workers.
     """
 
@@ -36,13 +102,15 @@ class ModelPool:
         self._store = Store(settings.model_store)
         self._metrics = metrics
         self._devices = devices
-        self._active: dict[str, LoadedModel] = {}
+        self._models: Mapping[str, _Model] = {}
+        self._search = _Search()
+        self._changing = threading.Lock()
 
     def load(self) -> None:
-        """Load and warm up the newest version of every model in the store.
+        """Load and warm up the newest versions of every model in the store.
 
         Raises:
-            BundleError: a bundle is damaged, or there is none at all, or not the default one.
+            BundleError: a newest bundle is damaged, or there is none at all, or not the default.
         """
         names = self._store.names()
         if not names:
@@ -52,8 +120,17 @@ class ModelPool:
                 f"no model {self._settings.model!r} in {self._settings.model_store}; "
                 f"there are: {', '.join(names)}"
             )
-        for name in names:
-            self._active[name] = self._load(name)
+        with self._changing:
+            for name in names:
+                newest, *older = self._store.versions(name)[::-1]
+                self._search.newest[name] = newest
+                versions = {newest: self._load(name, newest)}
+                for version in older[: self._settings.kept_versions - 1]:
+                    try:
+                        versions[version] = self._load(name, version)
+                    except BundleError as error:
+                        self._note_failure(name, version, str(error))
+                self._put(name, _Model(active=newest, versions=versions))
 
     def resolve(self, name: str | None = None, version: int | None = None) -> LoadedModel:
         """The model that answers.
@@ -65,46 +142,278 @@ class ModelPool:
         Raises:
             BundleNotFoundError: it is not loaded.
         """
-        name = name or self._settings.model or next(iter(self._active))
-        model = self._active.get(name)
+        models = self._models
+        name = name or self.default
+        model = models.get(name)
         if model is None:
+            known = ", ".join(models) or "none"
+            raise BundleNotFoundError(f"no model {name!r} is loaded; there are: {known}")
+        version = model.active if version is None else version
+        if version not in model.versions:
+            known = ", ".join(map(str, sorted(model.versions)))
             raise BundleNotFoundError(
-                f"no model {name!r} is loaded; there are: {', '.join(self._active)}"
+                f"model {name!r} has no version {version} loaded; it has: {known}"
             )
-        if version not in (None, model.bundle.version):
-            raise BundleNotFoundError(
-                f"model {name!r} has no version {version} loaded; it has: {model.bundle.version}"
-            )
-        return model
+        return model.versions[version]
 
-    def __iter__(self) -> Iterator[LoadedModel]:
-        return iter(self._active.values())
+    @property
+    def default(self) -> str:
+        """The model that answers when a request names none."""
+        return self._settings.model or next(iter(self._models), "")
+
+    def names(self) -> list[str]:
+        """The loaded models."""
+        return list(self._models)
+
+    def active_version(self, name: str) -> int:
+        """The version that answers when a request names none.
+
+        Raises:
+            BundleNotFoundError: no such model is loaded.
+        """
+        return self.resolve(name).bundle.version
+
+    def loaded_versions(self, name: str) -> list[int]:
+        """The versions a request may name, ascending."""
+        model = self._models.get(name)
+        return [] if model is None else sorted(model.versions)
+
+    def shadow(self, name: str) -> Shadow | None:
+        """The version that looks on, if there is one."""
+        model = self._models.get(name)
+        return None if model is None else model.shadow
+
+    def state(self, name: str, version: int) -> VersionState:
+        """What a version does now; ``stored`` when it is only known to the store, if that."""
+        model = self._models.get(name)
+        if model is not None:
+            if version == model.active:
+                return VersionState(name, version, "active")
+            if version in model.versions:
+                return VersionState(name, version, "loaded")
+            if version in model.loaded():
+                return VersionState(name, version, "shadow")
+        if failure := self._search.failures.get((name, version)):
+            return VersionState(name, version, "failed", failure.reason)
+        return VersionState(name, version, "stored")
+
+    def index(self) -> list[VersionState]:
+        """Every version in the store or in memory, by name and version. Reads the store."""
+        stored = {name: set(self._store.versions(name)) for name in self._store.names()}
+        for name, model in self._models.items():
+            stored.setdefault(name, set()).update(model.loaded())
+        return [
+            self.state(name, version) for name in sorted(stored) for version in sorted(stored[name])
+        ]
+
+    def describe(self, name: str, version: int) -> Bundle:
+        """The bundle of a version, from memory or from the store.
+
+        Raises:
+            BundleNotFoundError: there is no such bundle.
+            BundleError: the stored description is damaged.
+        """
+        model = self._models.get(name)
+        loaded = {} if model is None else model.loaded()
+        return loaded[version].bundle if version in loaded else self._store.read(name, version)
+
+    def activate(self, name: str, version: int | None = None) -> LoadedModel:
+        """Let a version answer from now on; the one before finishes its requests.
+
+        Args:
+            name: a model in the store, loaded or not.
+            version: the newest when None.
+
+        Raises:
+            BundleNotFoundError: there is no such bundle.
+            ActivationError: the bundle cannot serve; what answered before still does.
+        """
+        with self._changing:
+            version = self._store.newest(name) if version is None else version
+            loaded = self._loaded_or_new(name, version)
+            before = self._models.get(name)
+            kept = {} if before is None else dict(before.versions)
+            kept[version] = loaded
+            shadow = None if before is None else before.shadow
+            if shadow is not None and _version(shadow.model) == version:
+                shadow = None
+            self._put(name, _Model(version, self._newest_of(kept, version), shadow))
+        logger.info("model activated", model=name, version=version)
+        return loaded
+
+    def start_shadow(self, name: str, version: int, *, share: float) -> None:
+        """Let a version score a share of the live images beside the active one.
+
+        Raises:
+            BundleNotFoundError: there is no such bundle, or the model is not loaded.
+            ActivationError: the bundle cannot serve, or it is the one that answers.
+        """
+        with self._changing:
+            self.resolve(name)
+            model = self._models[name]
+            if version == model.active:
+                raise ActivationError(f"{name}/{version} is active; it cannot be its own shadow")
+            loaded = self._loaded_or_new(name, version)
+            metrics = ShadowMetrics(
+                self._metrics,
+                model=name,
+                version=version,
+                threshold=loaded.bundle.threshold.value,
+            )
+            self._put(name, replace(model, shadow=Shadow(loaded, share, metrics)))
+        logger.info("shadow started", model=name, version=version, share=share)
+
+    def stop_shadow(self, name: str) -> None:
+        """Let the shadow go, if there is one.
+
+        Raises:
+            BundleNotFoundError: no such model is loaded.
+        """
+        with self._changing:
+            self.resolve(name)
+            self._put(name, replace(self._models[name], shadow=None))
+
+    def unload(self, name: str) -> None:
+        """Let every version of a model go, once it has finished its requests.
+
+        Raises:
+            BundleNotFoundError: no such model is loaded.
+        """
+        with self._changing:
+            self.resolve(name)
+            self._put(name, None)
+        logger.info("model unloaded", model=name)
+
+    def refresh(self) -> list[VersionState]:
+        """Search the store for new versions and do with them as the settings say.
+
+        Returns:
+            The new versions and what they are now; one that cannot serve is ``failed``, is told
+            why, and is tried again when its files have changed.
+        """
+        found: list[VersionState] = []
+        for name in self._store.names():
+            version = self._store.newest(name)
+            if not self._is_new(name, version):
+                continue
+            self._search.newest[name] = version
+            # Noted where it happened, and told by the state.
+            with suppress(ActivationError):
+                self._welcome(name, version)
+            found.append(self.state(name, version))
+        return found
 
     def __bool__(self) -> bool:
-        return bool(self._active)
+        return bool(self._models)
 
-    def _load(self, name: str) -> LoadedModel:
+    def __iter__(self) -> Iterator[LoadedModel]:
+        """The active version of every model."""
+        return iter([model.versions[model.active] for model in self._models.values()])
+
+    def _is_new(self, name: str, version: int) -> bool:
+        if failure := self._search.failures.get((name, version)):
+            return failure.signature != self._store.signature(name, version)
+        return version > self._search.newest.get(name, 0)
+
+    def _welcome(self, name: str, version: int) -> None:
+        if self._settings.on_new_version == "report":
+            logger.info("new version found", model=name, version=version)
+        elif self._settings.on_new_version == "shadow" and name in self._models:
+            self.start_shadow(name, version, share=self._settings.shadow_share)
+        else:
+            self.activate(name, version)
+
+    def _note_failure(self, name: str, version: int, reason: str) -> None:
+        signature = self._store.signature(name, version)
+        self._search.failures[name, version] = _Failure(reason, signature)
+        logger.warning("version cannot serve", model=name, version=version, reason=reason)
+
+    def _loaded_or_new(self, name: str, version: int) -> LoadedModel:
+        model = self._models.get(name)
+        loaded = {} if model is None else model.loaded()
+        if version in loaded:
+            return loaded[version]
+        try:
+            return self._load(name, version)
+        except BundleNotFoundError:
+            raise
+        except BundleError as error:
+            reason = str(error)
+        except Exception as error:  # whatever a bundle does, the service goes on without it
+            logger.exception("version failed to load", model=name, version=version)
+            reason = f"bundle {name}/{version} failed to load: {type(error).__name__}"
+        self._note_failure(name, version, reason)
+        answering = "" if model is None else f"; version {model.active} answers as before"
+        raise ActivationError(reason + answering)
+
+    def _newest_of(
+        self, versions: Mapping[int, LoadedModel], active: int
+    ) -> Mapping[int, LoadedModel]:
+        others = sorted((version for version in versions if version != active), reverse=True)
+        kept = {active, *others[: self._settings.kept_versions - 1]}
+        return {version: versions[version] for version in sorted(kept)}
+
+    def _put(self, name: str, model: _Model | None) -> None:
+        """Replace what is loaded of one model; all readers see it at once."""
+        before = self._models.get(name)
+        changed = {**self._models, name: model}
+        self._models = {key: value for key, value in changed.items() if value is not None}
+        now = {} if model is None else model.loaded()
+        for version, loaded in ({} if before is None else before.loaded()).items():
+            if version not in now:
+                self._let_go(loaded)
+        self._tell_metrics(name)
+
+    def _tell_metrics(self, name: str) -> None:
+        model = self._models.get(name)
+        loaded = () if model is None else model.loaded()
+        self._metrics.set_roles(
+            name, {version: self.state(name, version).state for version in loaded}
+        )
+
+    def _let_go(self, model: LoadedModel) -> None:
+        bundle = model.bundle
+        self._metrics.forget(bundle)
+        # The last request that holds it lets it go; only then is there memory to return.
+        weakref.finalize(model, _return_memory_soon, bundle.name, bundle.version)
+
+    def _load(self, name: str, version: int) -> LoadedModel:
         started = time.monotonic()
-        loaded = self._store.load(name, allowed_factories=self._settings.allowed_factories)
-        bundle = loaded.bundle
-        detectors = {device: loaded.detector(device=device) for device in self._devices}
+        stored = self._store.load(name, version, allowed_factories=self._settings.allowed_factories)
+        bundle = stored.bundle
+        detectors = {device: stored.detector(device=device) for device in self._devices}
         for detector in detectors.values():
             self._warm_up(detector, side=bundle.preprocessing.crop)
-        labels = (name, str(bundle.version))
-        self._metrics.model_info.labels(*labels, bundle.architecture.id, bundle.block).set(1)
-        self._metrics.model_load_seconds.labels(*labels).set(time.monotonic() - started)
+        self._metrics.remember(bundle, load_seconds=time.monotonic() - started)
+        self._search.failures.pop((name, version), None)
         return LoadedModel(
             bundle=bundle,
             detectors=detectors,
-            metrics=ModelMetrics(
-                self._metrics,
+            metrics=ScoreMetrics(
+                self._metrics.scores,
                 model=name,
-                version=bundle.version,
+                version=version,
                 threshold=bundle.threshold.value,
             ),
         )
 
     def _warm_up(self, detector: Detector, *, side: int) -> None:
-        """One pass at both ends of the batch sizes, so that no request pays for set-up."""
+        """Passes at both ends of the batch sizes, so that no request pays for set-up."""
         for batch_size in (1, self._settings.max_batch_size):
-            detector.detect(torch.zeros(batch_size, 3, side, side, dtype=torch.uint8))
+            images = torch.zeros(batch_size, 3, side, side, dtype=torch.uint8)
+            detector.detect(images)
+            detector.judge(images)
+
+
+def _version(model: LoadedModel) -> int:
+    return model.bundle.version
+
+
+def _return_memory_soon(name: str, version: int) -> None:
+    # In a thread of its own: this runs wherever the last reference went away.
+    threading.Thread(target=_return_memory, args=(name, version), daemon=True).start()
+
+
+def _return_memory(name: str, version: int) -> None:
+    return_memory()
+    logger.info("version let go", model=name, version=version)

@@ -1,19 +1,41 @@
-"""Scoring as one object: decode threads, batcher, workers and models, started and drained."""
+"""Scoring as one object: decoders, batcher, workers and models, started and drained."""
 
 import asyncio
+import logging
+import random
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 from torch import Tensor
 
-from app.core.images import load
-from app.errors import ImageError, NotReadyError
+from app.core.images import Preprocessing
+from app.errors import ImageError, NotReadyError, ServingError
 from app.serving.batcher import Batcher, DropReason
+from app.serving.budget import MemoryBudget
+from app.serving.decoding import Decoders
 from app.serving.metrics import Metrics
-from app.serving.pool import LoadedModel, ModelPool
-from app.serving.worker import Detection, ImageBatcher, Worker, device_names
+from app.serving.pool import LoadedModel, ModelPool, Shadow, VersionState
+from app.serving.statistics import Step
+from app.serving.worker import Detection, ImageBatcher, Work, Worker, device_names
 from app.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+_DECODES_A_THREAD: Final = 4
+"""Images of one request that are being decoded, or wait for it, for each thread."""
+_SHADOW_BATCHES: Final = 4
+"""Batches of images that may be on their way to a shadow; more are not shown to it."""
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """An image ready for a network, or why it is not."""
+
+    data: bytes
+    outcome: Tensor | ImageError
 
 
 class ScoringService:
@@ -33,18 +55,46 @@ class ScoringService:
             max_batch_size=settings.max_batch_size,
             queue_size=settings.queue_size,
             max_wait_s=settings.max_wait_ms / 1000,
-            workers=len(devices),
             on_drop=self._count_dropped,
         )
+        self.budget = MemoryBudget(
+            settings.max_inflight_bytes, retry_after_s=self._batcher.retry_after_s
+        )
         self._workers = [Worker(device, self._batcher, metrics) for device in devices]
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        self._is_ready = False
+        self._decoders = Decoders(settings, self.budget)
+        self._background: set[asyncio.Task[None]] = set()
+        self._is_loaded = False
+        self._is_draining = False
         metrics.queue_depth.set_function(lambda: self._batcher.depth)
+        metrics.inflight_bytes.set_function(lambda: self.budget.used)
 
     @property
-    def is_ready(self) -> bool:
-        """Whether the models are loaded and warm, and the service is not draining."""
-        return self._is_ready
+    def is_draining(self) -> bool:
+        """Whether the service is about to stop: it answers, and wants no more."""
+        return self._is_draining
+
+    def check_ready(self) -> None:
+        """Return when the service wants requests.
+
+        Raises:
+            NotReadyError: the models are not loaded and warm, a worker makes no progress, or the
+                service is draining.
+        """
+        self._check_loaded()
+        if self._is_draining:
+            raise NotReadyError("the service is shutting down")
+        heartbeat_s = self._settings.heartbeat_s
+        if not all(worker.makes_progress(heartbeat_s=heartbeat_s) for worker in self._workers):
+            raise NotReadyError(f"a device has made no progress for {heartbeat_s:g} s")
+
+    def check_room(self, *, deadline: float) -> None:
+        """Return when one more image would be let in now.
+
+        Raises:
+            QueueFullError: too many images wait, or too long for the deadline.
+            NotReadyError: the service has stopped.
+        """
+        self._batcher.check_room(deadline=deadline)
 
     def start(self) -> None:
         """Load and warm up the models, then start the workers. Blocks.
@@ -55,30 +105,67 @@ class ScoringService:
         self.models.load()
         for worker in self._workers:
             worker.start()
-        self._is_ready = True
+        self._is_loaded = True
+
+    def drain(self) -> None:
+        """Be unready from now on, and answer as before."""
+        self._is_draining = True
 
     def stop(self) -> None:
         """Answer what was accepted, then end the workers. Blocks."""
-        was_ready, self._is_ready = self._is_ready, False
+        was_loaded, self._is_loaded = self._is_loaded, False
         self._batcher.close()
-        if was_ready:
+        if was_loaded:
             for worker in self._workers:
                 worker.join()
         self._decoders.shutdown()
+
+    async def watch(self) -> None:
+        """Refresh every ``watch_s``, for ever."""
+        while True:
+            await asyncio.sleep(self._settings.watch_s)
+            try:
+                await self.refresh()
+            except Exception:
+                logger.exception("the store could not be searched for new versions")
 
     def model(self, name: str | None = None, version: int | None = None) -> LoadedModel:
         """The model that answers.
 
         Raises:
-            NotReadyError: the models are still loading, or the service is shutting down.
+            NotReadyError: the models are still loading, or the service has stopped.
             BundleNotFoundError: no such model is loaded.
         """
-        if not self._is_ready:
-            raise NotReadyError("the models are not loaded yet, or the service is shutting down")
+        self._check_loaded()
         return self.models.resolve(name, version)
 
+    async def activate(self, name: str, version: int | None = None) -> LoadedModel:
+        """See :meth:`ModelPool.activate`."""
+        self._check_loaded()
+        return await asyncio.to_thread(self.models.activate, name, version)
+
+    async def start_shadow(self, name: str, version: int, *, share: float) -> None:
+        """See :meth:`ModelPool.start_shadow`."""
+        self._check_loaded()
+        await asyncio.to_thread(self.models.start_shadow, name, version, share=share)
+
+    async def stop_shadow(self, name: str) -> None:
+        """See :meth:`ModelPool.stop_shadow`."""
+        self._check_loaded()
+        await asyncio.to_thread(self.models.stop_shadow, name)
+
+    async def unload(self, name: str) -> None:
+        """See :meth:`ModelPool.unload`."""
+        self._check_loaded()
+        await asyncio.to_thread(self.models.unload, name)
+
+    async def refresh(self) -> list[VersionState]:
+        """See :meth:`ModelPool.refresh`."""
+        self._check_loaded()
+        return await asyncio.to_thread(self.models.refresh)
+
     async def score(
-        self, model: LoadedModel, files: Sequence[bytes], *, deadline: float
+        self, model: LoadedModel, files: Sequence[bytes], *, deadline: float, gate: bool = False
     ) -> list[Detection | ImageError]:
         """One detection an image, or why that image could not be decoded.
 
@@ -86,35 +173,133 @@ class ScoringService:
             model: from :meth:`model`.
             files: at least one image file's bytes.
             deadline: on the clock of ``time.monotonic``.
+            gate: verdicts alone, without logits; the network stops where they are known.
 
         Raises:
             ServingError: the service is full, late or shutting down.
         """
-        images = await asyncio.gather(*(self._decode(data, model) for data in files))
-        decoded = [image for image in images if isinstance(image, Tensor)]
-        detections = iter(
-            await self._batcher.submit(model, decoded, deadline=deadline) if decoded else []
-        )
-        results = [image if isinstance(image, ImageError) else next(detections) for image in images]
-        for result in results:
-            if isinstance(result, Detection):
-                model.metrics.observe(
-                    score=result.score, p_value=result.p_value, is_ood=result.is_ood
-                )
+        started = time.monotonic()
+        step: Step = "fail"
+        try:
+            results = await self._score(model, files, deadline=deadline, gate=gate)
+            if not any(isinstance(result, ImageError) for result in results):
+                step = "success"
+        finally:
+            model.statistics.observe(step, time.monotonic() - started)
         return results
 
-    async def _decode(self, data: bytes, model: LoadedModel) -> Tensor | ImageError:
-        loop = asyncio.get_running_loop()
-        started = time.monotonic()
-        try:
-            return await loop.run_in_executor(self._decoders, self._load, data, model)
-        except ImageError as error:
-            return error
-        finally:
-            self._metrics.observe_stage("decode", time.monotonic() - started)
+    async def _score(
+        self, model: LoadedModel, files: Sequence[bytes], *, deadline: float, gate: bool
+    ) -> list[Detection | ImageError]:
+        with self._batcher.places(len(files), deadline=deadline) as places:
+            with model.statistics.timing("compute_input"):
+                images = await self._decode_all(
+                    files, model.bundle.preprocessing, deadline=deadline
+                )
+            ready = [image.outcome for image in images if isinstance(image.outcome, Tensor)]
+            detections: list[Detection] = []
+            if ready:
+                detections = await self._batcher.submit(
+                    Work(model, is_gate=gate), ready, deadline=deadline, places=places
+                )
+        for detection in detections:
+            model.metrics.observe(
+                score=detection.score, p_value=detection.p_value, is_ood=detection.is_ood
+            )
+        self._show_to_shadow(model, images, detections)
+        found = iter(detections)
+        return [
+            image.outcome if isinstance(image.outcome, ImageError) else next(found)
+            for image in images
+        ]
 
-    def _load(self, data: bytes, model: LoadedModel) -> Tensor:
-        return load(data, model.bundle.preprocessing, max_pixels=self._settings.max_pixels)
+    def _check_loaded(self) -> None:
+        if not self._is_loaded:
+            raise NotReadyError("the models are not loaded yet, or the service is shutting down")
+
+    async def _decode_all(
+        self, files: Sequence[bytes], preprocessing: Preprocessing, *, deadline: float
+    ) -> Sequence[_Decoded]:
+        outcomes = await self._outcomes(files, preprocessing, deadline=deadline)
+        for outcome in outcomes:
+            if isinstance(outcome, ServingError):
+                raise outcome
+        return [
+            _Decoded(data, outcome)
+            for data, outcome in zip(files, outcomes, strict=True)
+            if not isinstance(outcome, ServingError)
+        ]
+
+    async def _outcomes(
+        self, files: Sequence[bytes], preprocessing: Preprocessing, *, deadline: float
+    ) -> Sequence[Tensor | ImageError | ServingError]:
+        found: dict[int, Tensor | ImageError | ServingError] = {}
+        waiting = iter(enumerate(files))
+
+        async def decode_next() -> None:
+            for position, data in waiting:
+                found[position] = await self._decode(data, preprocessing, deadline=deadline)
+
+        # A few at a time: thousands at once would hold up the event loop, and every other request.
+        at_once = min(len(files), _DECODES_A_THREAD * self._settings.decode_threads)
+        if at_once == 1:
+            await decode_next()
+        else:
+            await asyncio.gather(*[decode_next() for _ in range(at_once)])
+        return [found[position] for position in range(len(files))]
+
+    async def _decode(
+        self, data: bytes, preprocessing: Preprocessing, *, deadline: float
+    ) -> Tensor | ImageError | ServingError:
+        with self._metrics.time_stage("decode"):
+            try:
+                return await self._decoders.decode(data, preprocessing, deadline=deadline)
+            except (ImageError, ServingError) as error:
+                # Returned, so that the neighbours of a failed image come to their own end.
+                return error
+
+    def _show_to_shadow(
+        self, model: LoadedModel, images: Sequence[_Decoded], detections: Sequence[Detection]
+    ) -> None:
+        """Let the shadow of the active version score a share of its images, after the answer."""
+        shadow = self.models.shadow(model.bundle.name)
+        if shadow is None or model is not self.models.resolve(model.bundle.name):
+            return
+        scored = [image for image in images if isinstance(image.outcome, Tensor)]
+        for image, detection in zip(scored, detections, strict=True):
+            if random.random() >= shadow.share:
+                continue
+            if len(self._background) >= _SHADOW_BATCHES * self._settings.max_batch_size:
+                self._metrics.shadow_dropped.inc()
+            else:
+                self._in_background(self._score_in_shadow(shadow, model, image, detection))
+
+    async def _score_in_shadow(
+        self, shadow: Shadow, model: LoadedModel, image: _Decoded, detection: Detection
+    ) -> None:
+        preprocessing = shadow.model.bundle.preprocessing
+        try:
+            prepared = image.outcome
+            if preprocessing != model.bundle.preprocessing:
+                prepared = await self._decoders.decode(
+                    image.data, preprocessing, deadline=float("inf")
+                )
+            assert isinstance(prepared, Tensor)
+            [found] = await self._batcher.submit(
+                Work(shadow.model, is_gate=True), [prepared], is_background=True
+            )
+        except (ImageError, ServingError):
+            self._metrics.shadow_dropped.inc()
+            return
+        shadow.metrics.observe(score=found.score, p_value=found.p_value, is_ood=found.is_ood)
+        if found.is_ood != detection.is_ood:
+            shadow.metrics.disagree(is_ood=found.is_ood)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        # The loop keeps only weak references to tasks.
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     def _count_dropped(self, reason: DropReason, count: int) -> None:
         self._metrics.reject("abandoned" if reason == "abandoned" else "deadline", count)

@@ -3,7 +3,8 @@
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from app.core.detector import Detections
+from app.core.detector import Detections, Verdicts
 from app.errors import ForwardError, SettingsError
 from app.serving.batcher import Batch, Batcher
 from app.serving.metrics import Metrics
@@ -22,13 +23,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Detection:
-    """One image's share of :class:`Detections`."""
+    """One image's share of :class:`Verdicts`, with its logits where they were asked for."""
 
-    logits: NDArray[np.float32]
     feature_norm: float
     score: float
     p_value: float
     is_ood: bool
+    logits: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked of a batch; the key that batches are made by."""
+
+    model: LoadedModel
+    is_gate: bool = False
+    """Verdicts alone: the network runs only as far as they need."""
 
 
 ImageBatcher = Batcher[Tensor, Detection]
@@ -41,6 +51,7 @@ class Worker:
         self._device = device
         self._batcher = batcher
         self._metrics = metrics
+        self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name=f"worker-{device}", daemon=True)
 
     def start(self) -> None:
@@ -51,24 +62,52 @@ class Worker:
         """Return once the closed batcher is empty and the last batch answered."""
         self._thread.join()
 
+    def makes_progress(self, *, heartbeat_s: float) -> bool:
+        """Whether the thread lives and has not been busy with one batch for ``heartbeat_s``."""
+        since = self._busy_since
+        is_stuck = since is not None and time.monotonic() - since > heartbeat_s
+        return self._thread.is_alive() and not is_stuck
+
     def _run(self) -> None:
-        while (batch := self._batcher.take()) is not None:
+        # No batch may outlive its turn: it would keep a model that was let go in memory.
+        while self._answer_next():
+            pass
+
+    def _answer_next(self) -> bool:
+        batch = self._batcher.take()
+        if batch is None:
+            return False
+        with self._busy():
             try:
                 batch.complete(self._detect(batch))
             except Exception:
                 logger.exception("batch of %d images failed on %s", len(batch.items), self._device)
                 batch.fail(ForwardError("the network failed on this batch"))
+        return True
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_since = None
 
     def _detect(self, batch: Batch[Tensor, Detection]) -> list[Detection]:
-        model = batch.key
-        assert isinstance(model, LoadedModel)
+        work = batch.key
+        assert isinstance(work, Work)
         for wait_s in batch.waits_s:
             self._metrics.observe_stage("queue", wait_s)
         started = time.monotonic()
-        detections = model.detectors[self._device].detect(torch.stack(list(batch.items)))
-        self._metrics.observe_stage("forward", time.monotonic() - started)
+        detector = work.model.detectors[self._device]
+        run = detector.judge if work.is_gate else detector.detect
+        verdicts = run(torch.stack(list(batch.items)))
+        forward_s = time.monotonic() - started
+        work.model.statistics.observe_batch(waits_s=batch.waits_s, forward_s=forward_s)
+        self._metrics.observe_stage("forward", forward_s)
+        batch.trace(forward_started=started, forward_s=forward_s)
         self._metrics.batch_size.observe(len(batch.items))
-        return _each(detections)
+        return _each(verdicts)
 
 
 def device_names(setting: str) -> Sequence[str]:
@@ -89,13 +128,14 @@ def device_names(setting: str) -> Sequence[str]:
     return names
 
 
-def _each(detections: Detections) -> list[Detection]:
+def _each(verdicts: Verdicts) -> list[Detection]:
+    logits = verdicts.logits if isinstance(verdicts, Detections) else [None] * len(verdicts.scores)
     columns = zip(
-        detections.logits,
-        detections.feature_norms.tolist(),
-        detections.scores.tolist(),
-        detections.p_values.tolist(),
-        detections.is_ood.tolist(),
+        verdicts.feature_norms.tolist(),
+        verdicts.scores.tolist(),
+        verdicts.p_values.tolist(),
+        verdicts.is_ood.tolist(),
+        logits,
         strict=True,
     )
     return [Detection(*row) for row in columns]

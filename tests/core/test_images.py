@@ -2,6 +2,9 @@
 
 import hashlib
 import io
+import struct
+import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -290,6 +293,53 @@ def test_magic_alone(magic: bytes) -> None:
     """A file that ends after its first bytes has no header to read."""
     with pytest.raises(UndecodableImageError, match="header is truncated or corrupt"):
         decode(magic)
+
+
+def _chunks(count: int) -> bytes:
+    empty = struct.pack(">I4sI", 0, b"teXt", zlib.crc32(b"teXt"))
+    content = encode(picture(), "PNG")
+    return content[:33] + count * empty + content[33:]
+
+
+def _comments(count: int) -> bytes:
+    content = encode(picture(), "JPEG")
+    return content[:2] + count * b"\xff\xfe\x00\x02" + content[2:]
+
+
+def _fill_bytes(count: int) -> bytes:
+    content = encode(picture(), "JPEG")
+    return content[:2] + count * b"\xff" + content[2:]
+
+
+def _runs(count: int) -> bytes:
+    """A BMP whose rows are run-length encoded, one pixel a run."""
+    pixels = count * b"\x01\x00" + b"\x00\x01"
+    start, palette = 14 + 40 + 1024, bytes(1024)
+    size = (40, 400, count // 400, 1, 8, 1, len(pixels), 0, 0, 256, 0)
+    header = b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start)
+    return header + struct.pack("<IiiHHIIiiII", *size) + palette + pixels
+
+
+@pytest.mark.parametrize("draw", [_chunks, _comments, _fill_bytes, _runs])
+def test_millions_of_pieces(draw: Callable[[int], bytes]) -> None:
+    """A file in very many pieces is refused before it has kept its thread for minutes."""
+    decode(draw(400))
+    with pytest.raises(UndecodableImageError, match="more than 100000 pieces"):
+        decode(draw(400_000))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1"])
+def test_an_image_of_many_strips(mode: str) -> None:
+    """The conversion to RGB, strip by strip, has no seams."""
+    image = picture(1100, 1000).convert(mode)
+    if image.mode.endswith("A"):
+        image.putalpha(picture(1100, 1000).convert("L"))
+    white = Image.new("RGBA", image.size, "white")
+    whole = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+    decoded = decode(encode(image, "PNG"))
+
+    np.testing.assert_array_equal(decoded, np.asarray(whole))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +61,17 @@ class Doubler:
             batch.fail(ForwardError("poisoned"))
         else:
             batch.complete([2 * item for item in batch.items])
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def __call__(self) -> float:
+        """The time it shows."""
+        return self.now
 
 
 def numbers(*, max_batch_size: int = 4, queue_size: int = 100, **options: Any) -> Numbers:
@@ -255,5 +267,101 @@ def test_waiting_for_company() -> None:
             assert await batcher.submit("key", [2]) == [4]
             assert await first == [2]
         assert doubler.batches == [[1, 2]]
+
+    run(scenario())
+
+
+def test_held_places_count_against_the_queue() -> None:
+    """Items that are still being prepared hold their places, until they wait or are given up."""
+
+    async def scenario() -> None:
+        batcher = numbers(queue_size=2)
+        with Doubler(batcher, held=True).working() as doubler:
+            with batcher.places(2) as places:
+                assert batcher.depth == 2
+                with pytest.raises(QueueFullError), batcher.places(1):
+                    pass
+                # One of the two turned out not to be an item.
+                waiting = asyncio.ensure_future(batcher.submit("key", [1], places=places))
+                await until(lambda: batcher.depth == 1)
+            assert batcher.depth == 1
+            with batcher.places(1):
+                assert batcher.depth == 2
+            doubler.release()
+            assert await waiting == [2]
+
+    run(scenario())
+
+
+def test_closing_waits_for_held_places() -> None:
+    """What was let in before the end is answered although it came out of preparation after it."""
+
+    async def scenario() -> None:
+        batcher = numbers()
+        with Doubler(batcher).working(), batcher.places(1) as places:
+            batcher.close()
+            assert await batcher.submit("key", [1], places=places) == [2]
+
+    run(scenario())
+
+
+def test_too_late_is_refused_at_once() -> None:
+    """When what is ahead takes longer than a request can wait, it is refused, not kept waiting."""
+
+    async def scenario() -> None:
+        clock = Clock()
+        batcher = numbers(max_batch_size=1, clock=clock)
+        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(3)]
+        await until(lambda: batcher.depth == 3)
+        first = batcher.take()
+        assert first is not None
+        clock.now += 0.1  # the pace: an item takes a tenth of a second
+        first.complete([0])
+        assert batcher.depth == 2
+        with pytest.raises(QueueFullError, match=r"2 images wait, about 0\.2 s"):
+            await batcher.submit("key", [3], deadline=clock.now + 0.2)
+        waiting.append(asyncio.ensure_future(batcher.submit("key", [4], deadline=clock.now + 60)))
+        await until(lambda: batcher.depth == 3)
+        with Doubler(batcher).working():
+            assert await asyncio.gather(*waiting) == [[0], [2], [4], [8]]
+
+    run(scenario())
+
+
+def test_an_idle_batcher_lets_anything_try() -> None:
+    """With nothing ahead a short deadline is no reason to refuse, however slow it was before."""
+
+    async def scenario() -> None:
+        clock = Clock()
+        batcher = numbers(clock=clock)
+        slow = asyncio.ensure_future(batcher.submit("key", [1]))
+        await until(lambda: batcher.depth == 1)
+        batch = batcher.take()
+        assert batch is not None
+        clock.now += 100
+        batch.complete([2])
+        assert await slow == [2]
+        batcher.check_room(1, deadline=clock.now + 0.01)
+
+    run(scenario())
+
+
+def test_the_background_waits_for_all_others() -> None:
+    """Background items travel when nothing else waits, and take nobody's place in the queue."""
+
+    async def scenario() -> None:
+        batcher = numbers(max_batch_size=2, queue_size=2)
+        doubler = Doubler(batcher, held=True)
+        with doubler.working():
+            behind = asyncio.ensure_future(batcher.submit("key", [1, 2], is_background=True))
+            await asyncio.sleep(0)
+            ahead = asyncio.ensure_future(batcher.submit("key", [3, 4]))
+            await until(lambda: batcher.depth == 2)
+            with pytest.raises(QueueFullError, match="room for 6"):
+                await batcher.submit("key", list(range(7)), is_background=True)
+            doubler.release()
+            assert await ahead == [6, 8]
+            assert await behind == [2, 4]
+        assert doubler.batches == [[3, 4], [1, 2]]
 
     run(scenario())

@@ -3,7 +3,7 @@
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.serving.metrics import Metrics, ModelMetrics
+from app.serving.metrics import Metrics, ScoreMetrics, ShadowMetrics
 
 
 def test_families() -> None:
@@ -30,7 +30,7 @@ def test_families() -> None:
 def test_observed_image() -> None:
     """One OOD image counts as such, with its ratio to the threshold and its p-value."""
     metrics = Metrics()
-    model = ModelMetrics(metrics, model="m", version=3, threshold=2.0)
+    model = ScoreMetrics(metrics.scores, model="m", version=3, threshold=2.0)
 
     model.observe(score=1.0, p_value=0.03, is_ood=True)
 
@@ -41,3 +41,33 @@ def test_observed_image() -> None:
     assert read("normgate_score_ratio_bucket", labels | {"le": "0.5"}) == 1
     assert read("normgate_p_value_bucket", labels | {"le": "0.05"}) == 1
     assert read("normgate_p_value_bucket", labels | {"le": "0.01"}) == 0
+
+
+def test_a_shadow_has_families_of_its_own() -> None:
+    """What a shadow sees counts in no family of the versions that answer."""
+    metrics = Metrics()
+    shadow = ShadowMetrics(metrics, model="m", version=4, threshold=2.0)
+
+    shadow.observe(score=3.0, p_value=0.5, is_ood=False)
+    shadow.disagree(is_ood=False)
+
+    labels = {"model": "m", "version": "4", "verdict": "id"}
+    read = metrics.registry.get_sample_value
+    assert read("normgate_shadow_images_total", labels) == 1
+    assert read("normgate_shadow_disagreements_total", labels) == 1
+    assert read("normgate_images_total", labels) is None
+
+
+def test_roles_follow_the_models() -> None:
+    """A version has one role at a time, and none once it has been let go."""
+    metrics = Metrics()
+    metrics.set_roles("m", {1: "active", 2: "shadow"})
+    metrics.set_roles("m", {2: "active"})
+
+    def role(version: int, name: str) -> float | None:
+        labels = {"model": "m", "version": str(version), "role": name}
+        return metrics.registry.get_sample_value("normgate_model_role", labels)
+
+    assert role(2, "active") == 1
+    assert role(2, "shadow") is None
+    assert role(1, "active") is None

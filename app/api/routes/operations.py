@@ -6,22 +6,26 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from app.api.dependencies import MetricsOf, ServiceOf
 from app.api.problems import responses
 from app.api.schemas import Health
-from app.errors import NotReadyError
 
 router = APIRouter(tags=["operations"])
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez", summary="Is the process alive?")
 async def livez() -> Health:
     """200 as long as the event loop turns."""
     return Health(status="ok")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Can it answer?", responses=responses(503))
 async def readyz(service: ServiceOf) -> Health:
-    """200 once the models are loaded and warm, 503 before that and while shutting down."""
-    if not service.is_ready:
-        raise NotReadyError("the models are not loaded yet, or the service is shutting down")
+    """200 while it wants requests.
+
+    503 before the models are loaded and warm, while shutting down, and when a device has made no
+    progress within the heartbeat.
+    """
+    service.check_ready()
     return Health(status="ok")
 
 

@@ -10,6 +10,9 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 
+from app.api.access_log import describe_results
+from app.api.auth import ApiKeyRequired
+from app.api.deadline import request_deadline
 from app.api.dependencies import MetricsOf, ServiceOf, SettingsOf
 from app.api.disconnect import unless_disconnected
 from app.api.problems import responses
@@ -19,7 +22,7 @@ from app.errors import DeadlineExceededError, ImageError
 from app.serving.pool import LoadedModel
 from app.serving.worker import Detection
 
-router = APIRouter(tags=["score"])
+router = APIRouter(tags=["score"], dependencies=ApiKeyRequired)
 
 _IMAGE: Final = {"schema": {"type": "string", "format": "binary"}}
 _REQUEST_BODY: Final = {
@@ -44,7 +47,7 @@ _REQUEST_BODY: Final = {
     "/v1/score",
     summary="Is each image one the classifier was trained for?",
     response_model=ScoreResponse,
-    responses=responses(400, 404, 413, 415, 422, 429, 500, 503, 504),
+    responses=responses(400, 401, 404, 413, 415, 422, 429, 500, 503, 504),
     openapi_extra={"requestBody": _REQUEST_BODY},
 )
 async def score(
@@ -62,22 +65,20 @@ async def score(
     result carries its own ``error``.
     """
     started = time.monotonic()
+    deadline = request_deadline(request, settings)
     with metrics.in_flight.track_inprogress():
         loaded = service.model(model, version)
         try:
-            async with asyncio.timeout(settings.deadline_ms / 1000):
+            async with asyncio.timeout(deadline - started):
                 uploads = await read_uploads(request, max_bytes=settings.max_upload_bytes)
         except TimeoutError:
             raise DeadlineExceededError("the deadline passed before the body had arrived") from None
         metrics.observe_stage("read", time.monotonic() - started)
         results = await unless_disconnected(
             request,
-            service.score(
-                loaded,
-                [upload.data for upload in uploads],
-                deadline=started + settings.deadline_ms / 1000,
-            ),
+            service.score(loaded, [upload.data for upload in uploads], deadline=deadline),
         )
+    describe_results(request, loaded, results)
     if len(results) == 1 and isinstance(results[0], ImageError):
         raise results[0]
     metrics.observe_stage("total", time.monotonic() - started)
@@ -108,9 +109,14 @@ def _as_json(
         "score": result.score,
         "threshold": model.bundle.threshold.value,
         "p_value": result.p_value,
-        "predictions": _top_predictions(result.logits, model.bundle.labels, top_k=top_k),
+        "predictions": _top_predictions(_logits(result), model.bundle.labels, top_k=top_k),
         "error": None,
     }
+
+
+def _logits(detection: Detection) -> NDArray[np.float32]:
+    assert detection.logits is not None, "only a gate's detection is without logits"
+    return detection.logits
 
 
 def _top_predictions(

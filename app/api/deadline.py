@@ -1,0 +1,41 @@
+"""How long a request may take: ``X-Request-Deadline-Ms``, or the setting."""
+
+import math
+import time
+from typing import Final
+
+from fastapi import Request
+
+from app.errors import MalformedRequestError
+from app.settings import Settings
+
+HEADER: Final = "X-Request-Deadline-Ms"
+DESCRIPTION: Final = "Milliseconds until the answer is worth nothing; default and bound are set."
+
+
+def request_deadline(request: Request, settings: Settings) -> float:
+    """When the answer is due, on the clock of ``time.monotonic``.
+
+    Raises:
+        MalformedRequestError: the header is no number above 0, or above the bound.
+    """
+    return time.monotonic() + _milliseconds(request, settings) / 1000
+
+
+def _milliseconds(request: Request, settings: Settings) -> float:
+    texts = request.headers.getlist(HEADER)
+    if not texts:
+        return settings.deadline_ms
+    # Two of them are joined, and refused as no number: nobody knows which one is meant.
+    text = ", ".join(texts)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    # A comparison with NaN is false, so that it is refused too.
+    if not 0 < value <= settings.max_deadline_ms:
+        raise MalformedRequestError(
+            f"{HEADER} is {text[:20]!r}; it must be a number of milliseconds above 0 and at most "
+            f"{settings.max_deadline_ms:g}"
+        )
+    return value

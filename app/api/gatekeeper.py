@@ -1,0 +1,190 @@
+"""The verdict on a whole request, as the gate and the proxy pass it on."""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+from fastapi import Depends, Request
+
+from app.api.access_log import describe_results
+from app.api.dependencies import MetricsOf, ServiceOf, SettingsOf
+from app.api.disconnect import unless_disconnected
+from app.api.problems import REASONS
+from app.api.upload import files_in, read_bytes
+from app.errors import (
+    BusyError,
+    DeadlineExceededError,
+    ForwardError,
+    ImageError,
+    MalformedRequestError,
+    NormGateError,
+    NotReadyError,
+)
+from app.serving.metrics import Metrics
+from app.serving.pool import LoadedModel
+from app.serving.service import ScoringService
+from app.serving.worker import Detection
+from app.settings import Settings
+
+HEADER_PREFIX: Final = "x-normgate-"
+_NO_VERDICT: Final = (ImageError, BusyError, NotReadyError, DeadlineExceededError, ForwardError)
+"""What keeps an image from being judged; other errors are the client's, and never let it pass."""
+_LONGEST_LINE: Final = 200
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a request's images: of the one with the lowest score, if there are several.
+
+    ``none``: there are no images. ``unknown``: they could not be judged.
+    """
+
+    name: Literal["id", "ood", "none", "unknown"]
+    details: Mapping[str, str]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """All of it as ``x-normgate-*`` headers."""
+        fields = {"verdict": self.name, **self.details}
+        return {HEADER_PREFIX + name: value for name, value in fields.items()}
+
+    @property
+    def reason(self) -> str:
+        """One line for the client whose image is ``ood``."""
+        return (
+            f"an image is not one the classifier was trained for: its score {self.details['score']}"
+            f" is below the threshold {self.details['threshold']}"
+        )
+
+
+NO_IMAGES: Final = Verdict("none", {})
+
+
+class Gatekeeper:
+    """Reads requests and judges their images.
+
+    Args:
+        service: scores the images.
+        settings: limits, and what becomes of images without a verdict.
+        metrics: told of every request.
+    """
+
+    def __init__(self, service: ScoringService, settings: Settings, metrics: Metrics) -> None:
+        self._service = service
+        self._settings = settings
+        self._metrics = metrics
+
+    async def read(self, request: Request, *, deadline: float) -> bytes:
+        """The request's body.
+
+        Raises:
+            RequestTooLargeError: it has more bytes than the limit.
+            DeadlineExceededError: it had not arrived by then.
+        """
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(deadline - started):
+                body = await read_bytes(request, max_bytes=self._settings.max_upload_bytes)
+        except TimeoutError:
+            raise DeadlineExceededError("the deadline passed before the body had arrived") from None
+        self._metrics.observe_stage("read", time.monotonic() - started)
+        return body
+
+    async def judge(
+        self,
+        request: Request,
+        body: bytes | None = None,
+        *,
+        deadline: float,
+        model: str | None = None,
+        version: int | None = None,
+    ) -> Verdict:
+        """The verdict on the images in ``body``; ``ood`` if one of them is.
+
+        Args:
+            request: whose headers say what the body is, and whose client may go away.
+            body: from :meth:`read`; None reads it.
+            deadline: on the clock of ``time.monotonic``.
+            model: the default model when None.
+            version: the active one when None.
+
+        Raises:
+            BundleNotFoundError: no such model is loaded.
+            MalformedRequestError: the body is empty, or not the form it says it is.
+            RequestTooLargeError: it has more bytes than the limit.
+            NormGateError: an image could not be judged, and the settings say ``closed``.
+        """
+        started = time.monotonic()
+        with self._metrics.in_flight.track_inprogress():
+            verdict = await self._or_unknown(
+                self._judge(request, body, deadline=deadline, model=model, version=version)
+            )
+        self._metrics.observe_stage("total", time.monotonic() - started)
+        return verdict
+
+    async def _or_unknown(self, judging: Coroutine[Any, Any, Verdict]) -> Verdict:
+        try:
+            return await judging
+        except _NO_VERDICT as error:
+            if self._settings.gate_on_failure == "closed":
+                raise
+            self._metrics.reject(REASONS.get(type(error), "failed"))
+            return Verdict("unknown", {"error": _safe_line(error)})
+
+    async def _judge(
+        self,
+        request: Request,
+        body: bytes | None,
+        *,
+        deadline: float,
+        model: str | None,
+        version: int | None,
+    ) -> Verdict:
+        loaded = self._service.model(model, version)
+        if body is None:
+            body = await self.read(request, deadline=deadline)
+        if not body:
+            raise MalformedRequestError("the body is empty; send an image")
+        files = await files_in(request.headers, body)
+        results = await unless_disconnected(
+            request, self._service.score(loaded, files, deadline=deadline, gate=True)
+        )
+        describe_results(request, loaded, results)
+        detections = [result for result in results if isinstance(result, Detection)]
+        lowest = min(detections, key=lambda detection: detection.score, default=None)
+        if lowest is None or not lowest.is_ood:
+            for result in results:
+                if isinstance(result, ImageError):
+                    raise result
+        assert lowest is not None, "without detections there are errors"
+        return _verdict(lowest, loaded)
+
+
+async def _gatekeeper(service: ServiceOf, settings: SettingsOf, metrics: MetricsOf) -> Gatekeeper:
+    return Gatekeeper(service, settings, metrics)
+
+
+GatekeeperOf = Annotated[Gatekeeper, Depends(_gatekeeper)]
+
+
+def _verdict(detection: Detection, model: LoadedModel) -> Verdict:
+    bundle = model.bundle
+    return Verdict(
+        "ood" if detection.is_ood else "id",
+        {
+            "score": str(detection.score),
+            "threshold": str(bundle.threshold.value),
+            "p-value": str(detection.p_value),
+            "feature-norm": str(detection.feature_norm),
+            "model": bundle.name,
+            "version": str(bundle.version),
+        },
+    )
+
+
+def _safe_line(error: NormGateError) -> str:
+    """The error's message as printable ASCII: a client's text may be quoted in it."""
+    line = "".join(char if " " <= char <= "~" else "?" for char in str(error))
+    return line[:_LONGEST_LINE].strip()

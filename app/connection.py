@@ -1,0 +1,150 @@
+"""HTTP connections with the bounds that uvicorn's own lack, on a request's head.
+
+It may have so many bytes, and take so long. Offers to upgrade to another protocol are declined, as
+RFC 9110 section 7.8 permits: Java's client makes one with every request, and uvicorn would lose
+the body.
+"""
+
+import asyncio
+from typing import Final
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+MAX_HEAD_BYTES: Final = 64 * 2**10
+
+
+class _HeadTooLargeError(Exception):
+    """A request's line and headers have more bytes than the limit."""
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection.
+
+    A head has as long to arrive as an idle connection is kept. So has what a client goes on to
+    send after a refusal.
+    """
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _is_refused = False
+    _is_in_head = False
+    _head_bytes = 0
+    """Of the parts of the head that are complete."""
+    _partial_bytes = 0
+    """Received while the head was incomplete, after the packet that it began in."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection has ended."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what has arrived."""
+        if self._is_refused:
+            return
+        self._unset_keepalive_if_required()
+        was_in_head = self._is_in_head
+        try:
+            self._feed(data)
+            if was_in_head and self._is_in_head:
+                self._partial_bytes += len(data)
+                _check_head(self._partial_bytes)
+        except (_HeadTooLargeError, httptools.HttpParserError) as error:
+            self._refuse(error)
+        else:
+            if self._is_in_head or not self._is_answering():
+                self._expect_head()
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        super().on_message_begin()
+        self._is_in_head, self._head_bytes, self._partial_bytes = True, 0, 0
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the request's target."""
+        self._count(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header is complete."""
+        self._count(name, value)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The request may be answered."""
+        if self.parser.get_method() == b"CONNECT":
+            raise httptools.HttpParserInvalidMethodError("CONNECT asks for a tunnel")
+        if not self.parser.should_upgrade():
+            self._stop_timer()
+            self._is_in_head = False
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The body is complete."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # The parser takes what follows for another protocol's; a new one is told of no offer.
+            head = self._head_without_offer()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self._feed(head + data[upgrade.args[0] :])
+
+    def _head_without_offer(self) -> bytes:
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        lines = [method + b" " + self.url + b" HTTP/" + version]
+        lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
+
+    def _count(self, *texts: bytes) -> None:
+        self._head_bytes += sum(map(len, texts))
+        _check_head(self._head_bytes)
+
+    def _expect_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse(self, error: Exception) -> None:
+        status, text = 400, "The request is not HTTP/1.1."
+        # What a callback of the parser raises comes wrapped.
+        if _HeadTooLargeError in (type(error), type(error.__context__)):
+            status = 431
+            text = f"The request's line and headers have more than {MAX_HEAD_BYTES} bytes."
+        self.logger.warning(text)
+        fields = (
+            "content-type: text/plain; charset=utf-8",
+            "connection: close",
+            f"content-length: {len(text)}",
+        )
+        self.transport.write(STATUS_LINE[status] + "\r\n".join([*fields, "", text]).encode())
+        if self._is_answering():
+            self.transport.close()
+            return
+        # Closed with bytes unread, the connection would be reset and the refusal lost.
+        self._is_refused = True
+        self.transport.write_eof()
+        self._expect_head()
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+
+def _check_head(count: int) -> None:
+    if count > MAX_HEAD_BYTES:
+        raise _HeadTooLargeError

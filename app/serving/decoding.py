@@ -1,0 +1,97 @@
+"""Decoding beside the event loop: bounded threads, and a lane of their own for large images."""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from torch import Tensor
+
+from app.core.images import ImageHeader, Preprocessing, decode_accepted, read_header
+from app.errors import DeadlineExceededError
+from app.serving.budget import MemoryBudget
+from app.settings import DECODED_BYTES_PER_PIXEL, Settings
+
+LARGE_PIXELS: Final = 4_000_000
+"""An image with more waits for the lane of the large ones; one frame of 4K has 8.3 million."""
+_USUAL_BYTES_PER_PIXEL: Final = 9
+"""A progressive JPEG's coefficients, then RGB."""
+
+
+class Decoders:
+    """Two pools of threads: however many large images come, small ones go on being decoded.
+
+    Half as many threads take the large images, at least one; so few of them are in memory as
+    pixels at a time.
+
+    Args:
+        settings: threads and limits.
+        budget: decoded pixels are held in it while they are resized.
+    """
+
+    def __init__(self, settings: Settings, budget: MemoryBudget) -> None:
+        self._settings = settings
+        self._budget = budget
+        threads = settings.decode_threads
+        self._small = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._large = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="decode-large")
+
+    async def decode(self, data: bytes, preprocessing: Preprocessing, *, deadline: float) -> Tensor:
+        """The network's field of view ``[3, crop, crop]`` uint8.
+
+        Cancelling takes an image that still waits for a thread out of the queue.
+
+        Args:
+            data: an image file.
+            preprocessing: of the model.
+            deadline: on the clock of ``time.monotonic``; what is late is not decoded.
+
+        Raises:
+            ImageError: the bytes are not an image that can be scored.
+            MemoryBudgetError: there is no memory for its pixels.
+            DeadlineExceededError: its turn came after the deadline.
+        """
+        loop = asyncio.get_running_loop()
+        step = await loop.run_in_executor(self._small, self._begin, data, preprocessing, deadline)
+        if isinstance(step, Tensor):
+            return step
+        return await loop.run_in_executor(
+            self._large, self._finish, data, step, preprocessing, deadline
+        )
+
+    def shutdown(self) -> None:
+        """End the threads, once what they do is done."""
+        self._small.shutdown()
+        self._large.shutdown()
+
+    def _begin(
+        self, data: bytes, preprocessing: Preprocessing, deadline: float
+    ) -> Tensor | ImageHeader:
+        """A small image decoded, or the header of a large one."""
+        _check_deadline(deadline)
+        header = read_header(
+            data,
+            max_pixels=self._settings.max_pixels,
+            max_scans=self._settings.max_jpeg_scans,
+        )
+        if header.pixels > LARGE_PIXELS:
+            return header
+        return self._finish(data, header, preprocessing, deadline)
+
+    def _finish(
+        self, data: bytes, header: ImageHeader, preprocessing: Preprocessing, deadline: float
+    ) -> Tensor:
+        _check_deadline(deadline)
+        with self._budget.held(_decoded_bytes(header)):
+            return preprocessing.resize_and_crop(decode_accepted(data, header))
+
+
+def _decoded_bytes(header: ImageHeader) -> int:
+    """What decoding may hold at its peak, as measured."""
+    is_usual = header.format != "WEBP" and header.mode != "CMYK"
+    return (_USUAL_BYTES_PER_PIXEL if is_usual else DECODED_BYTES_PER_PIXEL) * header.pixels
+
+
+def _check_deadline(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise DeadlineExceededError("the deadline passed before the image was decoded")

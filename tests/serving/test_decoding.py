@@ -1,0 +1,105 @@
+"""Decoding: large images have a lane of their own, late and unaffordable ones are not decoded."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from app.core.images import Preprocessing, load
+from app.core.networks import CIFAR_PREPROCESSING
+from app.errors import DeadlineExceededError, MemoryBudgetError, UndecodableImageError
+from app.serving.budget import MemoryBudget
+from app.serving.decoding import LARGE_PIXELS, Decoders
+from app.settings import Settings
+from tests.pictures import jpeg
+
+NEVER = float("inf")
+LARGE = simplejpeg.encode_jpeg(np.zeros((2001, 2000, 3), dtype=np.uint8))
+DEADLINE_S = 30
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    """Run a scenario to its end, or fail."""
+    asyncio.run(asyncio.wait_for(scenario, DEADLINE_S))
+
+
+def decoders(*, budget: int = 2**30, **settings: Any) -> Decoders:
+    """Decoders with a budget of their own."""
+    return Decoders(Settings.read(settings), MemoryBudget(budget))
+
+
+def test_what_is_decoded_is_what_is_loaded_offline() -> None:
+    """Both lanes give the pixels that calibration saw."""
+
+    async def scenario() -> None:
+        pool = decoders()
+        for data in (jpeg(1), LARGE):
+            image = await pool.decode(data, CIFAR_PREPROCESSING, deadline=NEVER)
+            assert image.equal(load(data, CIFAR_PREPROCESSING))
+        pool.shutdown()
+
+    run(scenario())
+
+
+class Held(Preprocessing):
+    """A preprocessing that holds every large image until it is let go."""
+
+    def resize_and_crop(self, pixels: Any) -> Any:
+        """As usual, once large images may pass."""
+        if pixels.shape[0] * pixels.shape[1] > LARGE_PIXELS:
+            assert _may_pass.wait(DEADLINE_S)
+        return super().resize_and_crop(pixels)
+
+
+_may_pass = threading.Event()
+
+
+def test_large_images_do_not_starve_small_ones() -> None:
+    """However many large images are stuck in their lane, a small one is decoded."""
+    held = Held(**CIFAR_PREPROCESSING.model_dump())
+
+    async def scenario() -> None:
+        pool = decoders(decode_threads=1)
+        stuck = [asyncio.ensure_future(pool.decode(LARGE, held, deadline=NEVER)) for _ in range(10)]
+        for seed in range(5):
+            await pool.decode(jpeg(seed), held, deadline=NEVER)
+        assert not any(task.done() for task in stuck)
+        _may_pass.set()
+        await asyncio.gather(*stuck)
+        pool.shutdown()
+
+    run(scenario())
+
+
+def test_late_images_are_not_decoded() -> None:
+    """An image whose turn comes after its deadline costs nothing more."""
+
+    async def scenario() -> None:
+        pool = decoders()
+        with pytest.raises(DeadlineExceededError):
+            await pool.decode(b"not even looked at", CIFAR_PREPROCESSING, deadline=time.monotonic())
+        pool.shutdown()
+
+    run(scenario())
+
+
+def test_pixels_count_against_the_budget() -> None:
+    """An image whose pixels do not fit is refused; the budget is as before, also after errors."""
+
+    async def scenario() -> None:
+        budget = MemoryBudget(9 * 32 * 32)
+        pool = Decoders(Settings(), budget)
+        await pool.decode(jpeg(1), CIFAR_PREPROCESSING, deadline=NEVER)
+        with pytest.raises(MemoryBudgetError):
+            await pool.decode(jpeg(1, height=33, width=32), CIFAR_PREPROCESSING, deadline=NEVER)
+        with pytest.raises(UndecodableImageError):
+            await pool.decode(jpeg(1)[:-50], CIFAR_PREPROCESSING, deadline=NEVER)
+        assert budget.used == 0
+        pool.shutdown()
+
+    run(scenario())

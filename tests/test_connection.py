@@ -1,0 +1,186 @@
+"""HTTP connections: the bounds of a request's head, and offers of other protocols."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from typing import Any, Final
+
+import pytest
+import uvicorn
+
+from app.connection import MAX_HEAD_BYTES, Connection
+
+KEEP_ALIVE_S: Final = 1
+WITHIN_S: Final = 20
+POST: Final = b"POST /a?b HTTP/1.1\r\nHost: x\r\n"
+H2C: Final = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n"
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """An application that answers with what it was asked; it refuses ``/early`` unread."""
+    body, more = b"", scope["path"] != "/early"
+    while more:
+        message = await receive()
+        body, more = body + message["body"], message["more_body"]
+    text = b"%s %s %d headers, body %s" % (
+        scope["method"].encode(),
+        scope["raw_path"],
+        len(scope["headers"]),
+        body,
+    )
+    headers = [(b"content-length", b"%d" % len(text))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": text})
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[tuple[str, int]]:
+    """Where a server with such connections listens."""
+    config = uvicorn.Config(
+        echo,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_level="critical",
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=asyncio.run, args=(server.serve([listener]),))
+        thread.start()
+        yield listener.getsockname()
+        server.should_exit = True
+        thread.join(WITHIN_S)
+
+
+@pytest.fixture
+def client(address: tuple[str, int]) -> Iterator[socket.socket]:
+    """A connection."""
+    with socket.create_connection(address, WITHIN_S) as client:
+        yield client
+
+
+def received(client: socket.socket) -> bytes:
+    """All that comes until the server ends the connection."""
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def answers(client: socket.socket, *packets: bytes) -> list[bytes]:
+    """The body of each answer to what is sent packet by packet."""
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for packet in packets:
+        client.sendall(packet)
+    return [answer.partition(b"\r\n\r\n")[2] for answer in received(client).split(b"HTTP/1.1 ")[1:]]
+
+
+def test_bodies_come_whole(client: socket.socket) -> None:
+    """Lengths, chunks and pipelines are read as uvicorn reads them."""
+    chunked = POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n"
+    closing_get = b"GET /z HTTP/1.1\r\nConnection: close\r\n\r\n"
+
+    found = answers(client, POST + b"Content-Length: 3\r\n\r\nabc" + chunked + closing_get)
+
+    assert found == [
+        b"POST /a 2 headers, body abc",
+        b"POST /a 2 headers, body abc",
+        b"GET /z 1 headers, body ",
+    ]
+
+
+@pytest.mark.parametrize(
+    "framed",
+    [
+        pytest.param(b"Content-Length: 3\r\n\r\nabc", id="length"),
+        pytest.param(b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", id="chunked"),
+    ],
+)
+@pytest.mark.parametrize("at", [20, 60, 999], ids=["in the line", "in the offer", "whole"])
+def test_an_offer_of_another_protocol_is_declined(
+    client: socket.socket, framed: bytes, at: int
+) -> None:
+    """The request is answered as if it had none, its body is read, and so is what follows."""
+    packet = POST + H2C + framed + b"GET /z HTTP/1.1\r\nConnection: close\r\n\r\n"
+
+    found = answers(client, packet[:at], packet[at:])
+
+    assert found == [b"POST /a 4 headers, body abc", b"GET /z 1 headers, body "]
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"CONNECT a:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+)
+def test_other_protocols(client: socket.socket, packet: bytes) -> None:
+    """A tunnel, TLS and HTTP/2 with prior knowledge are refused."""
+    client.sendall(packet)
+
+    assert received(client).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        pytest.param(b"GET /", id="target"),
+        pytest.param(POST + b"X-", id="name"),
+        pytest.param(POST + b"X: ", id="value"),
+    ],
+)
+@pytest.mark.parametrize("count", [10 * MAX_HEAD_BYTES, 100 * MAX_HEAD_BYTES])
+def test_a_head_without_end(client: socket.socket, beginning: bytes, count: int) -> None:
+    """A head that goes on beyond the limit is refused before it is complete."""
+    with closing(client.dup()) as writer:
+        sending = threading.Thread(target=_send, args=(writer, beginning + count * b"a"))
+        sending.start()
+        status_line = received(client).partition(b"\r\n")[0]
+        sending.join(WITHIN_S)
+
+    assert status_line == b"HTTP/1.1 431 Request Header Fields Too Large"
+
+
+@pytest.mark.parametrize(("count", "status"), [(1_000, b"200 OK"), (2_000, b"431 ")])
+def test_many_headers(client: socket.socket, count: int, status: bytes) -> None:
+    """Headers of 56 bytes each count together."""
+    headers = b"".join(b"X-%04d: %s\r\n" % (index, b"v" * 50) for index in range(count))
+
+    client.sendall(POST + b"Connection: close\r\n" + headers + b"\r\n")
+
+    assert received(client).startswith(b"HTTP/1.1 " + status)
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"GET / HT", id="half a head"),
+        pytest.param(POST + b"\r\nGET / HT", id="half a second head"),
+        pytest.param(POST + b"\r\n\r\n", id="a line after a request"),
+    ],
+)
+def test_a_client_that_falls_silent(client: socket.socket, packet: bytes) -> None:
+    """A head that does not arrive ends the connection; what it held is free again."""
+    client.sendall(packet)
+    started = time.monotonic()
+    received(client)
+
+    assert time.monotonic() - started < WITHIN_S / 2
+
+
+def test_a_refused_body_without_end(client: socket.socket) -> None:
+    """A client that sends on and on after its answer is cut off."""
+    client.sendall(b"POST /early HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+    until = time.monotonic() + WITHIN_S
+    with pytest.raises(ConnectionError):  # noqa: PT012 - it is the first or the thousandth that fails
+        while time.monotonic() < until:
+            client.sendall(b"3e8\r\n" + 1000 * b"a" + b"\r\n")
+
+
+def _send(client: socket.socket, data: bytes) -> None:
+    with suppress(ConnectionError):
+        client.sendall(data)
