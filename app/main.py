@@ -50,11 +50,15 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         starting = asyncio.create_task(_start(service, on_started))
-        watching = asyncio.create_task(_watch(service, settings, starting))
+        watching = [
+            asyncio.create_task(service.watch_loop()),
+            asyncio.create_task(_watch_store(service, starting)),
+        ]
         yield
-        watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
+        for task in watching:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
         await starting
         await asyncio.to_thread(service.stop)
         if upstream is not None:
@@ -74,7 +78,7 @@ def create_app(
         openapi_url="/openapi.json" if settings.docs else None,
     )
     app.state.settings, app.state.metrics, app.state.service = settings, metrics, service
-    _add_middleware(app, settings, metrics, service)
+    _add_middleware(app, settings, service)
     _add_logs_and_traces(app, settings, tracing)
     problems.install(app, metrics)
     routers = [score.router, gate.router, models.router, operations.router]
@@ -89,11 +93,9 @@ def create_app(
     return app
 
 
-def _add_middleware(
-    app: FastAPI, settings: Settings, metrics: Metrics, service: ScoringService
-) -> None:
+def _add_middleware(app: FastAPI, settings: Settings, service: ScoringService) -> None:
     # The last one added is the first to see a request.
-    app.add_middleware(AdmissionMiddleware, service=service, metrics=metrics, settings=settings)
+    app.add_middleware(AdmissionMiddleware, service=service)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -153,9 +155,6 @@ async def _start(
         raise failure
 
 
-async def _watch(
-    service: ScoringService, settings: Settings, starting: "asyncio.Task[None]"
-) -> None:
+async def _watch_store(service: ScoringService, starting: "asyncio.Task[None]") -> None:
     await asyncio.wait([starting])
-    if settings.watch_s:
-        await service.watch()
+    await service.watch_store()

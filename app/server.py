@@ -10,9 +10,11 @@ import structlog
 import uvicorn
 
 from app import logs
+from app.api.door import Door
 from app.connection import Connection
 from app.core.allocator import keep_memory
 from app.errors import NormGateError, SettingsError
+from app.listener import Listener
 from app.main import create_app
 from app.serving.service import ScoringService
 from app.settings import Settings
@@ -50,7 +52,7 @@ def serve(settings: Settings) -> None:
         url = _url(listener)
         app = create_app(settings, on_started=on_started)
         config = uvicorn.Config(
-            app,
+            Door(app),
             http=Connection,
             ws="none",
             log_config=None,
@@ -87,6 +89,17 @@ class _Server(uvicorn.Server):
         else:
             self._exit_at = time.monotonic()
         self._service.drain()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, then accept connections by a listener of our own."""
+        await super().startup(sockets=[])
+        if not self.should_exit:
+            self.servers = [Listener(one, self._make_protocol) for one in sockets or []]  # type: ignore[misc]
+
+    def _make_protocol(self) -> Connection:
+        return Connection(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end, ten times a second."""

@@ -8,40 +8,21 @@ share this machine's cores.
 import argparse
 import http.client
 import itertools
-import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-ROOT: Final = Path(__file__).resolve().parents[1]
+from benchmarks.server import ROOT, serving
+
 ENVOY_TIMEOUT_MS: Final = 200
 """Of ``ext_authz``, where its configuration names none."""
 _WARM_UP: Final = 20
 _ANSWERS: Final = (200, 403)
-
-
-@contextmanager
-def server() -> Iterator[str]:
-    """The address of a server with the bundled model, ready; ended at the exit."""
-    command = [sys.executable, "-m", "app.cli", "serve", "--port", "0", "--log-level", "error"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        found = re.search(r"http://(\S+)", process.stdout.readline())
-        assert found is not None, "the server did not say where it listens"
-        yield found[1]
-    finally:
-        process.kill()
-        process.wait()
 
 
 def ask(address: str, images: Sequence[bytes], *, requests: int) -> list[float]:
@@ -80,7 +61,8 @@ def main() -> None:
     table = Table(title=f"POST /v1/gate, 32 px JPEG, against Envoy's {ENVOY_TIMEOUT_MS} ms")
     for heading in ("at once", "requests", "p50 ms", "p99 ms", "max ms", "p99 of limit", "per s"):
         table.add_column(heading, justify="right")
-    with server() as address:
+    with serving() as server:
+        address = server.url.removeprefix("http://")
         ask(address, images, requests=_WARM_UP)
         for concurrency in (1, 8):
             times_ms, rate = measure(

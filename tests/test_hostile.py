@@ -328,7 +328,7 @@ def test_a_client_that_leaves_while_it_uploads(target: Target) -> None:
     before = target.metric(ABANDONED)
     with target.connect() as client:
         client.sendall(LINE + b"Content-Length: 5000000\r\n\r\n" + MEGABYTE * b"a")
-        eventually(lambda: target.metric("normgate_inflight_bytes") == 5_000_000)
+        eventually(lambda: target.metric("normgate_inflight_bytes") == MEGABYTE)
 
     eventually(lambda: target.metric(ABANDONED) == before + 1)
     assert target.metric("normgate_inflight_bytes") == 0
@@ -368,21 +368,33 @@ def test_uploads_beyond_the_memory_budget(target: Target) -> None:
     """Uploads that do not fit into the budget together are told to come back; the others stay."""
     fitting = MAX_INFLIGHT_BYTES // MAX_UPLOAD_BYTES
     head = LINE + b"Content-Length: %d\r\n\r\n" % MAX_UPLOAD_BYTES
+    body = jpeg(2).ljust(MAX_UPLOAD_BYTES, b"\x00")
     with ExitStack() as connections:
         clients = [connections.enter_context(target.connect()) for _ in range(fitting)]
         for client in clients:
-            client.sendall(head)
-        eventually(lambda: target.metric("normgate_inflight_bytes") == MAX_INFLIGHT_BYTES)
+            client.sendall(head + body[:-1])
+        held = fitting * (MAX_UPLOAD_BYTES - 1)
+        eventually(lambda: target.metric("normgate_inflight_bytes") == held)
         refused = target.score(jpeg(1))
         clients[0].close()
         eventually(lambda: target.score(jpeg(1)).status_code == 200)
-        clients[1].sendall(jpeg(2).ljust(MAX_UPLOAD_BYTES, b"\x00"))
+        clients[1].sendall(body[-1:])
         accepted, _ = answer(clients[1])
 
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
     assert f"the limit is {MAX_INFLIGHT_BYTES}" in refused.json()["detail"]
     assert accepted == 200
+
+
+def test_uploads_that_are_only_announced(target: Target) -> None:
+    """What has not arrived takes no memory and nobody's place."""
+    head = LINE + b"Content-Length: %d\r\n\r\n" % MAX_UPLOAD_BYTES
+    with ExitStack() as connections:
+        for _ in range(2 * MAX_INFLIGHT_BYTES // MAX_UPLOAD_BYTES):
+            connections.enter_context(target.connect()).sendall(head)
+        eventually(lambda: target.metric("normgate_in_flight") >= 2)
+        assert target.score(jpeg(1)).status_code == 200
 
 
 def test_idle_connections(target: Target) -> None:

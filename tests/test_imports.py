@@ -23,7 +23,18 @@ ALLOWED = {
     "main": {"core", "store", "serving", "settings", "api", "tracing"},
     "client": set[str](),
     "connection": set[str](),
-    "server": {"connection", "core", "store", "serving", "settings", "api", "main", "logs"},
+    "listener": set[str](),
+    "server": {
+        "connection",
+        "listener",
+        "core",
+        "store",
+        "serving",
+        "settings",
+        "api",
+        "main",
+        "logs",
+    },
     "cli": {"core", "store", "offline", "serving", "settings", "api", "main", "server"},
 }
 

@@ -5,11 +5,13 @@ import time
 from typing import Final
 
 from fastapi import Request
+from starlette.types import Scope
 
 from app.errors import MalformedRequestError
 from app.settings import Settings
 
 HEADER: Final = "X-Request-Deadline-Ms"
+_RAW_HEADER: Final = HEADER.lower().encode()
 DESCRIPTION: Final = "Milliseconds until the answer is worth nothing; default and bound are set."
 
 
@@ -19,11 +21,16 @@ def request_deadline(request: Request, settings: Settings) -> float:
     Raises:
         MalformedRequestError: the header is no number above 0, or above the bound.
     """
-    return time.monotonic() + _milliseconds(request, settings) / 1000
+    return deadline_of(request.scope, settings)
 
 
-def _milliseconds(request: Request, settings: Settings) -> float:
-    texts = request.headers.getlist(HEADER)
+def deadline_of(scope: Scope, settings: Settings) -> float:
+    """As :func:`request_deadline`, for what is no request yet."""
+    return time.monotonic() + _milliseconds(scope, settings) / 1000
+
+
+def _milliseconds(scope: Scope, settings: Settings) -> float:
+    texts = [value.decode("latin-1") for name, value in scope["headers"] if name == _RAW_HEADER]
     if not texts:
         return settings.deadline_ms
     # Two of them are joined, and refused as no number: nobody knows which one is meant.

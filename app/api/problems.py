@@ -1,12 +1,12 @@
 """Errors as RFC 9457 problem details; the one place that knows HTTP status codes."""
 
 import http
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -118,21 +118,32 @@ def v2_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def problem(
     request: Request, *, status: int, detail: str, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    """A problem response; under ``/v2`` the only kind of error that its clients can read."""
-    if request.url.path == "/v2" or request.url.path.startswith("/v2/"):
-        return JSONResponse(ErrorMessage(error=detail).model_dump(), status, headers)
-    body = Problem(
-        type=f"https://www.rfc-editor.org/rfc/rfc9110#status.{status}",
-        title=http.HTTPStatus(status).phrase,
-        status=status,
-        detail=detail,
-        request_id=request.state.request_id,
+) -> Response:
+    """A problem response."""
+    body, media_type = encode_problem(
+        request.scope["path"], status=status, detail=detail, request_id=request.state.request_id
     )
-    return JSONResponse(body.model_dump(), status, headers, media_type=MEDIA_TYPE)
+    return Response(body, status, headers, media_type=media_type)
 
 
-def error_response(request: Request, error: NormGateError, metrics: Metrics) -> JSONResponse:
+def encode_problem(path: str, *, status: int, detail: str, request_id: str) -> tuple[bytes, str]:
+    """The body of a problem, and its media type.
+
+    Under ``/v2`` it is the only kind of error that the protocol's clients can read.
+    """
+    if path == "/v2" or path.startswith("/v2/"):
+        return json.dumps({"error": detail}).encode(), "application/json"
+    fields = {
+        "type": f"https://www.rfc-editor.org/rfc/rfc9110#status.{status}",
+        "title": http.HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "request_id": request_id,
+    }
+    return json.dumps(fields).encode(), MEDIA_TYPE
+
+
+def error_response(request: Request, error: NormGateError, metrics: Metrics) -> Response:
     """The problem that tells of a domain error, which is counted."""
     _reject(request, REASONS.get(type(error), "failed"), metrics)
     status = STATUS.get(type(error), 500)
@@ -140,6 +151,8 @@ def error_response(request: Request, error: NormGateError, metrics: Metrics) -> 
     headers = {}
     if isinstance(error, BusyError | NotReadyError):
         headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, DeadlineExceededError):
+        headers["Retry-After"] = str(request.app.state.service.retry_after_s())
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
     return problem(request, status=status, detail=detail, headers=headers)
@@ -153,11 +166,11 @@ def _reject(request: Request, reason: RejectReason, metrics: Metrics) -> None:
 def install(app: FastAPI, metrics: Metrics) -> None:
     """Answer every error of ``app`` with a problem, and count it."""
 
-    async def on_error(request: Request, error: Exception) -> JSONResponse:
+    async def on_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, NormGateError)
         return error_response(request, error, metrics)
 
-    async def on_invalid(request: Request, error: Exception) -> JSONResponse:
+    async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         _reject(request, "malformed", metrics)
         first = error.errors()[0]
@@ -165,7 +178,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         detail = f"{where} is {first.get('input')!r}: {first['msg']}"
         return problem(request, status=400, detail=detail)
 
-    async def on_http(request: Request, error: Exception) -> JSONResponse:
+    async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return problem(
             request, status=error.status_code, detail=str(error.detail), headers=error.headers
@@ -175,7 +188,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         _reject(request, "abandoned", metrics)
         return Response(status_code=_CLIENT_CLOSED_REQUEST)  # nobody is there to read it
 
-    async def on_bug(request: Request, error: Exception) -> JSONResponse:
+    async def on_bug(request: Request, error: Exception) -> Response:
         # The server logs the traceback; a client never sees internals. This answer does not pass
         # through the middleware that adds the header.
         _reject(request, "failed", metrics)

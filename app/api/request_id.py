@@ -1,7 +1,7 @@
 """``X-Request-ID``: echoed when it is a sane one, made otherwise, and on every response."""
 
+import random
 import re
-import uuid
 from typing import Final
 
 import structlog
@@ -10,6 +10,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER: Final = "X-Request-ID"
 _SANE: Final = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id that a request offers, when it is a sane one, or a new one."""
+    offered = Headers(scope=scope).get(HEADER, "")
+    if _SANE.fullmatch(offered):
+        return offered
+    # Not uuid4: it asks the system for every one, and waits for the interpreter's lock after.
+    return f"{random.getrandbits(128):032x}"
 
 
 class RequestIdMiddleware:
@@ -23,8 +32,7 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        offered = Headers(scope=scope).get(HEADER, "")
-        request_id = offered if _SANE.fullmatch(offered) else uuid.uuid4().hex
+        request_id = request_id_of(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         # Not unbound at the end: uvicorn logs the traceback of a bug after that, in this context.
         structlog.contextvars.bind_contextvars(request_id=request_id)

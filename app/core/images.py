@@ -45,6 +45,8 @@ FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 DEFAULT_MAX_PIXELS: Final = 50_000_000
 DEFAULT_MAX_SCANS: Final = 100
 """A progressive JPEG as encoders write it has about ten."""
+SCANS_OF_LARGEST: Final = 12
+"""Scans that a JPEG of the largest accepted size may have; a smaller one may have more."""
 MAX_READS: Final = 100_000
 """Pieces that a file is read in: Pillow walks from segment to segment, some microseconds each."""
 REFERENCE_JPEG: Final = Path(__file__).with_name("reference.jpg")
@@ -113,7 +115,7 @@ def read_header(
             f"the limit is {max_pixels / 1e6:.1f} MP"
         )
     if header.format == "JPEG":
-        _check_scans(data, max_scans)
+        _check_scans(data, header, max_scans=max_scans, max_pixels=max_pixels)
     return header
 
 
@@ -274,11 +276,17 @@ def _sniff(data: bytes) -> str:
     )
 
 
-def _check_scans(data: bytes, max_scans: int) -> None:
+def _check_scans(data: bytes, header: ImageHeader, *, max_scans: int, max_pixels: int) -> None:
     # Entropy-coded data never holds these two bytes: a marker's 0xff is stuffed there.
     scans = data.count(_START_OF_SCAN)
     if scans > max_scans:
         raise ImageTooLargeError(f"JPEG has {scans} scans; the limit is {max_scans}")
+    # Each scan may visit every pixel, and a blank one takes no more than a few bytes.
+    if scans * header.pixels > SCANS_OF_LARGEST * max_pixels:
+        raise ImageTooLargeError(
+            f"JPEG has {scans} scans of {header.pixels / 1e6:.1f} MP; the limit is "
+            f"{SCANS_OF_LARGEST * max_pixels / 1e6:.0f} MP in all"
+        )
 
 
 def _open(data: bytes) -> Image.Image:

@@ -168,6 +168,7 @@ class Batcher(Generic[Item, Result]):
         queue_size: most items waiting; a request with more is accepted by an empty queue alone.
         max_wait_s: how long a free thread waits for a batch to fill; 0 never delays.
         on_drop: told of items that left the queue unanswered.
+        lag_s: how long an item has waited already when it is heard of.
         clock: in seconds, the one deadlines are on.
     """
 
@@ -178,12 +179,14 @@ class Batcher(Generic[Item, Result]):
         queue_size: int,
         max_wait_s: float = 0,
         on_drop: Callable[[DropReason, int], None] = lambda reason, count: None,
+        lag_s: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_batch_size = max_batch_size
         self._queue_size = queue_size
         self._max_wait_s = max_wait_s
         self._on_drop = on_drop
+        self._lag_s = lag_s
         self._clock = clock
         self._changed = threading.Condition()
         self._queues: dict[_Lane, deque[_Pending[Item, Result]]] = {}
@@ -211,19 +214,17 @@ class Batcher(Generic[Item, Result]):
         """
         if self._is_closed:
             raise NotReadyError("the service is shutting down")
-        if self.depth == 0:
-            return
-        if self.depth + count > self._queue_size:
+        if self.depth and self.depth + count > self._queue_size:
             raise QueueFullError(
                 f"{self.depth} images wait and {count} more do not fit; "
                 f"the limit is {self._queue_size}",
                 retry_after_s=self.retry_after_s(),
             )
         wait_s, left_s = self._expected_wait_s(), deadline - self._clock()
-        if wait_s > _WAITING_SHARE * left_s:
+        if wait_s > _WAITING_SHARE * left_s and left_s > 0:
             raise QueueFullError(
-                f"{self.depth} images wait, about {wait_s:.1f} s; the deadline is in "
-                f"{max(0, left_s):.1f} s",
+                f"{self.depth} images wait, about {wait_s:.1f} s; "
+                f"the deadline is in {left_s:.1f} s",
                 retry_after_s=self.retry_after_s(),
             )
 
@@ -318,7 +319,9 @@ class Batcher(Generic[Item, Result]):
         return self._is_closed and not self._held
 
     def _expected_wait_s(self) -> float:
-        return self.depth * self._pace.seconds_per_item
+        # An item is answered with its batch, which takes as long as all who travel in it.
+        ahead = self.depth + min(self.depth, self._max_batch_size)
+        return ahead * self._pace.seconds_per_item + self._lag_s()
 
     def _give_up(self, held: Places) -> None:
         self._held -= held.count

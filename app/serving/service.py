@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from app.core.images import Preprocessing
@@ -15,6 +16,7 @@ from app.errors import ImageError, NotReadyError, ServingError
 from app.serving.batcher import Batcher, DropReason
 from app.serving.budget import MemoryBudget
 from app.serving.decoding import Decoders
+from app.serving.lag import LoopLag
 from app.serving.metrics import Metrics
 from app.serving.pool import LoadedModel, ModelPool, Shadow, VersionState
 from app.serving.statistics import Step
@@ -51,11 +53,13 @@ class ScoringService:
         self._settings = settings
         self._metrics = metrics
         self.models = ModelPool(settings, metrics, devices=devices)
+        self._lag = LoopLag()
         self._batcher: ImageBatcher = Batcher(
             max_batch_size=settings.max_batch_size,
             queue_size=settings.queue_size,
             max_wait_s=settings.max_wait_ms / 1000,
             on_drop=self._count_dropped,
+            lag_s=lambda: self._lag.seconds,
         )
         self.budget = MemoryBudget(
             settings.max_inflight_bytes, retry_after_s=self._batcher.retry_after_s
@@ -96,12 +100,19 @@ class ScoringService:
         """
         self._batcher.check_room(deadline=deadline)
 
+    def retry_after_s(self) -> int:
+        """When what waits now will have been worked off, in whole seconds; at least 1."""
+        return self._batcher.retry_after_s()
+
     def start(self) -> None:
         """Load and warm up the models, then start the workers. Blocks.
 
         Raises:
             BundleError: a model cannot be loaded.
         """
+        # With as many as there are cores they would wait for each other, spinning, whenever the
+        # event loop or a decoder has one: a forward pass can take twenty times as long.
+        torch.set_num_threads(self._settings.compute_threads)
         self.models.load()
         for worker in self._workers:
             worker.start()
@@ -120,9 +131,13 @@ class ScoringService:
                 worker.join()
         self._decoders.shutdown()
 
-    async def watch(self) -> None:
-        """Refresh every ``watch_s``, for ever."""
-        while True:
+    async def watch_loop(self) -> None:
+        """Measure how late the event loop runs, for ever."""
+        await self._lag.watch()
+
+    async def watch_store(self) -> None:
+        """Refresh every ``watch_s``, for ever; never where that is 0."""
+        while self._settings.watch_s:
             await asyncio.sleep(self._settings.watch_s)
             try:
                 await self.refresh()

@@ -499,3 +499,32 @@ def test_header_decodes_nothing(image_format: str, monkeypatch: pytest.MonkeyPat
     header = read_header(data)
 
     assert (header.width, header.height) == (32, 32)
+
+
+def progressive(scans: int, *, height: int, width: int) -> bytes:
+    """A progressive JPEG with so many scans, the last one there again and again."""
+    data = encode(picture(height, width), "JPEG", progressive=True)
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[last:end] * (scans - data.count(b"\xff\xda")) + data[end:]
+
+
+@pytest.mark.parametrize(("scans", "is_accepted"), [(10, True), (100, True), (101, False)])
+def test_scans_of_a_jpeg_are_bounded(scans: int, is_accepted: bool) -> None:
+    """A small JPEG may have up to the limit of scans; one more is refused unread."""
+    data = progressive(scans, height=24, width=40)
+
+    if is_accepted:
+        assert read_header(data).width == 40
+    else:
+        with pytest.raises(ImageTooLargeError, match="JPEG has 101 scans; the limit is 100"):
+            read_header(data)
+
+
+def test_scans_times_pixels_are_bounded() -> None:
+    """An image of the largest size may have a usual number of scans, but not the limit of them."""
+    usual = progressive(12, height=100, width=100)
+    hostile = progressive(13, height=100, width=100)
+
+    assert read_header(usual, max_pixels=10_000).pixels == 10_000
+    with pytest.raises(ImageTooLargeError, match=r"13 scans of 0\.0 MP; the limit is 0 MP in all"):
+        read_header(hostile, max_pixels=10_000)

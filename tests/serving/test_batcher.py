@@ -318,7 +318,7 @@ def test_too_late_is_refused_at_once() -> None:
         clock.now += 0.1  # the pace: an item takes a tenth of a second
         first.complete([0])
         assert batcher.depth == 2
-        with pytest.raises(QueueFullError, match=r"2 images wait, about 0\.2 s"):
+        with pytest.raises(QueueFullError, match=r"2 images wait, about 0\.3 s"):
             await batcher.submit("key", [3], deadline=clock.now + 0.2)
         waiting.append(asyncio.ensure_future(batcher.submit("key", [4], deadline=clock.now + 60)))
         await until(lambda: batcher.depth == 3)

@@ -1,0 +1,84 @@
+"""The door: where a request that would only be refused inside is refused at once."""
+
+from typing import Final
+
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
+
+from app.api.deadline import deadline_of
+from app.api.problems import encode_problem
+from app.api.request_id import HEADER, request_id_of
+from app.errors import MalformedRequestError, QueueFullError
+from app.serving.metrics import Metrics
+from app.serving.service import ScoringService
+from app.settings import Settings
+
+_WITH_BODY: Final = ("POST", "PUT")
+_STATUS: Final = 429
+
+
+class Door:
+    """Stands before the whole application, and costs a twentieth of it.
+
+    Under overload most requests are refused; what each of them costs is taken from those that are
+    answered. A refusal here is counted, and leaves no line in the log.
+
+    Args:
+        app: as ``create_app`` makes it.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._service: ScoringService = app.state.service
+        self._metrics: Metrics = app.state.metrics
+        self._settings: Settings = app.state.settings
+        self._paths = _scoring_paths(self._settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one ASGI connection."""
+        if (
+            scope["type"] == "http"
+            and scope["method"] in _WITH_BODY
+            and scope["path"].startswith(self._paths)
+            and not self._is_cross_origin(scope)
+            and (refusal := self._refusal(scope))
+        ):
+            await self._refuse(refusal, scope, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _is_cross_origin(self, scope: Scope) -> bool:
+        # A script may read only what says so, and the door does not know how.
+        return bool(self._settings.cors_origins) and any(
+            name == b"origin" for name, _ in scope["headers"]
+        )
+
+    def _refusal(self, scope: Scope) -> QueueFullError | None:
+        try:
+            self._service.check_room(deadline=deadline_of(scope, self._settings))
+        except QueueFullError as error:
+            return error
+        except MalformedRequestError:
+            return None  # for the route to say
+        return None
+
+    async def _refuse(self, error: QueueFullError, scope: Scope, send: Send) -> None:
+        self._metrics.reject("queue_full")
+        request_id = request_id_of(scope)
+        body, media_type = encode_problem(
+            scope["path"], status=_STATUS, detail=str(error), request_id=request_id
+        )
+        headers = [
+            (b"content-type", media_type.encode()),
+            (b"content-length", b"%d" % len(body)),
+            (b"retry-after", b"%d" % error.retry_after_s),
+            (HEADER.lower().encode(), request_id.encode()),
+        ]
+        await send({"type": "http.response.start", "status": _STATUS, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def _scoring_paths(settings: Settings) -> tuple[str, ...]:
+    always = ("/v1/score", "/v2/models/")
+    # An open gate lets images pass that nobody has room for: only its own route knows how.
+    return (*always, "/v1/gate", "/v1/proxy/") if settings.gate_on_failure == "closed" else always
