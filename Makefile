@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CHECKED := app tests benchmarks docs
 
-.PHONY: install serve test lint format data evaluate
+.PHONY: install serve test lint format data evaluate overload gate-latency
 
 install: $(INSTALLED)
 
@@ -42,3 +42,11 @@ evaluate: data
 	    --ood svhn=build/data/svhn --ood textures=build/data/textures --ood mnist=build/data/mnist \
 	    --ood tiny_imagenet32=build/data/tiny_imagenet32 \
 	    --far svhn --far textures --far mnist --near tiny_imagenet32
+
+# Three times more load than the server can carry; a goal met or missed.
+overload: data
+	$(BIN)/python -m benchmarks.overload
+
+# How long Envoy would wait for the gate.
+gate-latency: install
+	$(BIN)/python -m benchmarks.gate

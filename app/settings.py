@@ -62,12 +62,11 @@ class Settings(BaseSettings):
         100, ge=1, description="most scans of a JPEG; each costs another pass over its pixels"
     )
     decode_threads: int = Field(2, ge=1, le=256, description="threads that decode images")
-    compute_threads: int = Field(
-        max(1, len(os.sched_getaffinity(0)) - 1),
+    compute_threads: int | None = Field(
+        None,
         ge=1,
         le=1024,
-        description="threads a forward pass on the CPU is spread over; "
-        "default: all cores but one, which answers and decodes",
+        description="threads of a forward pass on the CPU; default: all cores but one",
     )
     heartbeat_s: float = Field(
         30, gt=0, description="longest a batch may take before the service is called unready"

@@ -118,6 +118,40 @@ def test_a_list_that_is_no_json_is_named(monkeypatch: pytest.MonkeyPatch, by_fla
         Settings.read({"allowed_factories": "python/a:b"} if by_flag else {})
 
 
+def test_the_readme_lists_every_setting() -> None:
+    """The table in the README is what the settings say of themselves."""
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in (None, ()) else f"`{field.default}`"
+        assert f"| `{PREFIX}{name.upper()}` | {default} | {field.description} |" in readme
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"max_inflight_bytes": 1000}, "max_inflight_bytes is 1000; one image"),
+        ({"deadline_ms": 70_000}, "deadline_ms is 70000; max_deadline_ms is 60000"),
+    ],
+)
+def test_limits_that_do_not_fit(flags: dict[str, Any], words: str) -> None:
+    """Settings that contradict each other are refused with both numbers."""
+    with pytest.raises(SettingsError, match=words) as caught:
+        Settings.read(flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_secrets_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key of the wrong form is refused without being repeated in the message."""
+    monkeypatch.setenv("NORMGATE_API_KEYS", '{"not": "a-list-with-s3cret"}')
+
+    with pytest.raises(SettingsError) as caught:
+        Settings.read({})
+
+    assert "NORMGATE_API_KEYS is not shown" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
 def test_settings_cannot_be_changed() -> None:
     """Settings are frozen once read."""
     settings, name = Settings.read({}), "port"

@@ -1,13 +1,16 @@
 """How long a request may take: ``X-Request-Deadline-Ms``, or the setting."""
 
+import asyncio
 import math
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 from fastapi import Request
 from starlette.types import Scope
 
-from app.errors import MalformedRequestError
+from app.errors import DeadlineExceededError, MalformedRequestError
 from app.settings import Settings
 
 HEADER: Final = "X-Request-Deadline-Ms"
@@ -27,6 +30,20 @@ def request_deadline(request: Request, settings: Settings) -> float:
 def deadline_of(scope: Scope, settings: Settings) -> float:
     """As :func:`request_deadline`, for what is no request yet."""
     return time.monotonic() + _milliseconds(scope, settings) / 1000
+
+
+@asynccontextmanager
+async def in_time(deadline: float) -> AsyncIterator[None]:
+    """A context in which a body is read.
+
+    Raises:
+        DeadlineExceededError: ``deadline``, on the clock of ``time.monotonic``, came first.
+    """
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            yield
+    except TimeoutError:
+        raise DeadlineExceededError("the deadline passed before the body had arrived") from None
 
 
 def _milliseconds(scope: Scope, settings: Settings) -> float:

@@ -1,6 +1,5 @@
 """The verdict on a whole request, as the gate and the proxy pass it on."""
 
-import asyncio
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from fastapi import Depends, Request
 
 from app.api.access_log import describe_results
+from app.api.deadline import in_time
 from app.api.dependencies import MetricsOf, ServiceOf, SettingsOf
 from app.api.disconnect import unless_disconnected
 from app.api.problems import REASONS
@@ -84,11 +84,8 @@ class Gatekeeper:
             DeadlineExceededError: it had not arrived by then.
         """
         started = time.monotonic()
-        try:
-            async with asyncio.timeout(deadline - started):
-                body = await read_bytes(request, max_bytes=self._settings.max_upload_bytes)
-        except TimeoutError:
-            raise DeadlineExceededError("the deadline passed before the body had arrived") from None
+        async with in_time(deadline):
+            body = await read_bytes(request, max_bytes=self._settings.max_upload_bytes)
         self._metrics.observe_stage("read", time.monotonic() - started)
         return body
 

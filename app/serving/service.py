@@ -8,7 +8,6 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from app.core.images import Preprocessing
@@ -20,7 +19,7 @@ from app.serving.lag import LoopLag
 from app.serving.metrics import Metrics
 from app.serving.pool import LoadedModel, ModelPool, Shadow, VersionState
 from app.serving.statistics import Step
-from app.serving.worker import Detection, ImageBatcher, Work, Worker, device_names
+from app.serving.worker import Detection, ImageBatcher, Work, Worker, compute_on, device_names
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -110,9 +109,7 @@ class ScoringService:
         Raises:
             BundleError: a model cannot be loaded.
         """
-        # With as many as there are cores they would wait for each other, spinning, whenever the
-        # event loop or a decoder has one: a forward pass can take twenty times as long.
-        torch.set_num_threads(self._settings.compute_threads)
+        compute_on(self._settings.compute_threads)
         self.models.load()
         for worker in self._workers:
             worker.start()

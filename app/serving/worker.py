@@ -1,6 +1,7 @@
 """The threads that run the network: one a device, all fed from one batcher."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -110,6 +111,15 @@ class Worker:
         return _each(verdicts)
 
 
+def compute_on(threads: int | None) -> None:
+    """Spread a forward pass on the CPU over so many threads; all cores but one by default.
+
+    With as many as there are cores they would wait for each other, spinning, whenever the event
+    loop or a decoder has one: a forward pass can take twenty times as long.
+    """
+    torch.set_num_threads(threads or max(1, _cores() - 1))
+
+
 def device_names(setting: str) -> Sequence[str]:
     """The devices a ``DEVICES`` setting names; ``auto`` is every GPU, or else the CPU.
 
@@ -126,6 +136,12 @@ def device_names(setting: str) -> Sequence[str]:
             f"NORMGATE_DEVICES names {', '.join(missing)}; this machine has {len(gpus)} GPUs"
         )
     return names
+
+
+def _cores() -> int:
+    # Those this process may use, where the system tells.
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _each(verdicts: Verdicts) -> list[Detection]:

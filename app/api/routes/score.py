@@ -1,6 +1,5 @@
 """``POST /v1/score``: verdicts and predictions for one or more images."""
 
-import asyncio
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Final
@@ -12,13 +11,13 @@ from numpy.typing import NDArray
 
 from app.api.access_log import describe_results
 from app.api.auth import ApiKeyRequired
-from app.api.deadline import request_deadline
+from app.api.deadline import in_time, request_deadline
 from app.api.dependencies import MetricsOf, ServiceOf, SettingsOf
 from app.api.disconnect import unless_disconnected
 from app.api.problems import responses
 from app.api.schemas import ScoreResponse
 from app.api.upload import FIELD, Upload, read_uploads
-from app.errors import DeadlineExceededError, ImageError
+from app.errors import ImageError
 from app.serving.pool import LoadedModel
 from app.serving.worker import Detection
 
@@ -68,11 +67,8 @@ async def score(
     deadline = request_deadline(request, settings)
     with metrics.in_flight.track_inprogress():
         loaded = service.model(model, version)
-        try:
-            async with asyncio.timeout(deadline - started):
-                uploads = await read_uploads(request, max_bytes=settings.max_upload_bytes)
-        except TimeoutError:
-            raise DeadlineExceededError("the deadline passed before the body had arrived") from None
+        async with in_time(deadline):
+            uploads = await read_uploads(request, max_bytes=settings.max_upload_bytes)
         metrics.observe_stage("read", time.monotonic() - started)
         results = await unless_disconnected(
             request,

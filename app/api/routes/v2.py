@@ -5,8 +5,7 @@ What Triton's extensions add is there too: model configuration, statistics and t
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from importlib import metadata
 from typing import Annotated, Any, Final
 
@@ -17,7 +16,7 @@ from app.api.access_log import describe_results
 from app.api.admission import holding_of
 from app.api.auth import AdminRequired, ApiKeyRequired
 from app.api.content_coding import accepted_coding, decode_body, encode_body
-from app.api.deadline import request_deadline
+from app.api.deadline import in_time, request_deadline
 from app.api.dependencies import MetricsOf, ServiceOf, SettingsOf
 from app.api.disconnect import unless_disconnected
 from app.api.problems import v2_responses
@@ -52,7 +51,6 @@ from app.api.v2_schemas import (
 )
 from app.errors import (
     BundleNotFoundError,
-    DeadlineExceededError,
     ImageError,
     MalformedRequestError,
 )
@@ -285,14 +283,14 @@ async def unload(
 
 async def _read(request: Request, settings: Settings) -> bytes:
     deadline = request_deadline(request, settings)
-    async with _in_time(deadline):
+    async with in_time(deadline):
         return await read_bytes(request, max_bytes=settings.max_upload_bytes)
 
 
 async def _read_infer_request(
     request: Request, settings: Settings, *, deadline: float
 ) -> InferRequest:
-    async with _in_time(deadline):
+    async with in_time(deadline):
         body = await read_body(request, max_bytes=settings.max_upload_bytes)
     # Beside the event loop: a large body takes long to inflate and to parse.
     return await asyncio.to_thread(_parse, request, body, settings)
@@ -305,15 +303,6 @@ def _parse(request: Request, body: bytes, settings: Settings) -> InferRequest:
     # Several are joined, and refused as no number: nobody knows which of them is meant.
     lengths = request.headers.getlist(HEADER_LENGTH)
     return read_request(body, header_length=", ".join(lengths) if lengths else None)
-
-
-@asynccontextmanager
-async def _in_time(deadline: float) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            yield
-    except TimeoutError:
-        raise DeadlineExceededError("the deadline passed before the body had arrived") from None
 
 
 def _detections(results: list[Detection | ImageError]) -> list[Detection]:
