@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -16,6 +16,15 @@ from app.settings import Settings
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _INTERRUPTED: Final = 130
+# Of app.core.scores, whose import would cost torch's; a test keeps the two the same.
+_SCORES: Final = (
+    "feature_norm",
+    "norm_logit",
+    "selected_norm_energy",
+    "selected_norm_msp",
+    "energy",
+    "msp",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_calibrate(commands)
     _add_evaluate(commands)
+    _add_score(commands)
     _add_models(commands)
     return parser
 
@@ -117,7 +127,21 @@ def _add_calibrate(commands: Any) -> None:
         help="""overrides the architecture's own, such as '{"resize": 256, "crop": 224}'""",
     )
     parser.add_argument("--blocks", metavar="GLOB", help="candidate blocks, such as 'layer4.*'")
+    parser.add_argument(
+        "--score", choices=_SCORES, default="feature_norm", help="what the threshold is for"
+    )
     parser.add_argument("--alpha", type=float, default=0.05, help="accepted false-alarm rate")
+    parser.add_argument(
+        "--abstain-alpha",
+        type=float,
+        metavar="ALPHA",
+        help="a second level, above alpha: scores between the two are 'uncertain'",
+    )
+    parser.add_argument(
+        "--per-class",
+        action="store_true",
+        help="a threshold for each predicted class with enough threshold images",
+    )
     parser.add_argument("--guarantee", choices=["conformal", "pac"], default="conformal")
     parser.add_argument("--delta", type=float, default=0.05, help="chance that PAC fails")
     parser.add_argument(
@@ -129,6 +153,9 @@ def _add_calibrate(commands: Any) -> None:
     )
     parser.add_argument("--batch-size", type=_at_least(1), default=64, metavar="N")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--no-report", action="store_true", help="write no report.html beside the bundle"
+    )
     _add_model_store(parser)
     parser.set_defaults(command=_calibrate, on_interrupt="; nothing was written")
 
@@ -146,6 +173,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.preprocessing:
         usual = default_preprocessing(architecture)
         preprocessing = _validated(type(usual), usual.model_dump() | options.preprocessing)
+    has_report = _can_report(wanted=not options.no_report)
     with TerminalProgress() as progress:
         calibration = calibrate(
             CalibrationOptions(
@@ -157,6 +185,9 @@ def _calibrate(options: argparse.Namespace) -> None:
                 labels=_read_labels(options.labels),
                 preprocessing=preprocessing,
                 blocks=options.blocks,
+                score=options.score,
+                has_class_thresholds=options.per_class,
+                abstain_alpha=options.abstain_alpha,
                 alpha=options.alpha,
                 guarantee=options.guarantee,
                 delta=options.delta,
@@ -165,6 +196,7 @@ def _calibrate(options: argparse.Namespace) -> None:
                 max_images=options.max_images,
                 batch_size=options.batch_size,
                 device=options.device,
+                has_report=has_report,
             ),
             Store(_offline_settings(options).model_store),
             progress=progress,
@@ -172,9 +204,21 @@ def _calibrate(options: argparse.Namespace) -> None:
     print_calibration(calibration)
 
 
+def _can_report(*, wanted: bool) -> bool:
+    from app.offline.report import NO_MATPLOTLIB, can_draw
+
+    if wanted and not can_draw():
+        print(f"normgate: {NO_MATPLOTLIB}", file=sys.stderr)
+        return False
+    return wanted
+
+
 def _add_evaluate(commands: Any) -> None:
     parser = commands.add_parser(
-        "evaluate", help="measure a bundle on ID and OOD images, beside MSP and Energy"
+        "evaluate",
+        help="measure a bundle on ID and OOD images, beside other methods",
+        description="One pass over the images scores FeatureNorm at every block and the other "
+        "methods on the same network: FPR95, AUROC, AUPR, each with a bootstrap interval.",
     )
     parser.add_argument("--bundle", required=True, metavar="NAME[/VERSION]")
     parser.add_argument(
@@ -186,7 +230,29 @@ def _add_evaluate(commands: Any) -> None:
         action="append",
         type=_named_folder,
         metavar="NAME=DIR",
-        help="repeat for several data sets",
+        help="OOD images; repeat for several data sets",
+    )
+    parser.add_argument(
+        "--near",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="this data set is near OOD, and averaged apart",
+    )
+    parser.add_argument(
+        "--far", action="append", default=[], metavar="NAME", help="this data set is far OOD"
+    )
+    parser.add_argument(
+        "--train",
+        type=Path,
+        metavar="DIR",
+        help="ID training images, on which ReAct, DICE, ViM, Mahalanobis and KNN are fitted",
+    )
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="the conventions of the paper's code: puzzles with a zero edge select the block, "
+        "FPR95 at the recall nearest to 95 %%",
     )
     parser.add_argument(
         "--codec",
@@ -196,37 +262,124 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--batch-size", type=_at_least(1), default=64, metavar="N")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--no-odin", action="store_true", help="leave out ODIN, whose backward passes cost most"
+    )
+    parser.add_argument("--resamples", type=_at_least(1), default=300, metavar="N")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="of the bootstrap")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write report.html, report.md and evaluation.json, .csv and .md here",
+    )
     _add_model_store(parser)
     parser.set_defaults(command=_evaluate)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from app.offline.evaluate import evaluate
+    from app.offline.evaluate import score_images, summarise
+    from app.offline.report import evaluation_report, write_report
+    from app.offline.tables import write_tables
     from app.offline.terminal import TerminalProgress, print_evaluation
     from app.store import Store
 
+    ood_images = dict(options.ood)
+    groups = _groups(options, ood_images)
     name, version = _bundle_id(options.bundle)
     settings = _offline_settings(options)
     loaded = Store(settings.model_store).load(
         name, version, allowed_factories=settings.allowed_factories
     )
     with TerminalProgress() as progress:
-        evaluation = evaluate(
+        scored = score_images(
             loaded,
             id_images=options.id,
-            ood_images=dict(options.ood),
+            ood_images=ood_images,
+            training_images=options.train,
             codec=options.codec,
+            is_paper=options.paper,
+            with_odin=not options.no_odin,
             batch_size=options.batch_size,
             device=options.device,
             progress=progress,
         )
+    evaluation = summarise(scored, groups=groups, resamples=options.resamples, seed=options.seed)
     print_evaluation(evaluation)
+    if options.out is not None:
+        write_tables(evaluation, options.out)
+        if _can_report(wanted=True):
+            write_report(evaluation_report(scored, evaluation), options.out)
     if options.json is not None:
         try:
             options.json.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise NormGateError(f"{options.json} cannot be written: {error}") from error
+
+
+def _groups(options: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:
+    groups: dict[str, Any] = {}
+    for group in ("near", "far"):
+        for name in getattr(options, group):
+            if name not in names:
+                raise NormGateError(f"--{group} names {name}; --ood has {', '.join(names)}")
+            if name in groups:
+                raise NormGateError(f"{name} is called both near and far")
+            groups[name] = group
+    return groups
+
+
+def _add_score(commands: Any) -> None:
+    parser = commands.add_parser(
+        "score",
+        help="the verdict on every image of a folder, into a table",
+        description="Scores many images into one table. An interrupted run goes on where it "
+        "stopped when the same command is given again; an unreadable file gets a row that says "
+        "why.",
+    )
+    parser.add_argument(
+        "source", metavar="DIR|GLOB|-", help="a folder, a quoted glob, or names on standard input"
+    )
+    parser.add_argument("--bundle", required=True, metavar="NAME[/VERSION]")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help=".parquet, .csv or .jsonl"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the table, begin an interrupted run anew"
+    )
+    parser.add_argument("--batch-size", type=_at_least(1), default=64, metavar="N")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    _add_model_store(parser)
+    parser.set_defaults(
+        command=_score, on_interrupt="; the same command again goes on where it stopped"
+    )
+
+
+def _score(options: argparse.Namespace) -> None:
+    from app.offline.score import check_output, find_files, score_files
+    from app.offline.terminal import TerminalProgress, print_score_summary
+    from app.store import Store
+
+    check_output(options.out, overwrite=options.overwrite)
+    name, version = _bundle_id(options.bundle)
+    settings = _offline_settings(options)
+    loaded = Store(settings.model_store).load(
+        name, version, allowed_factories=settings.allowed_factories
+    )
+    files = find_files(options.source, lines=sys.stdin)
+    with TerminalProgress() as progress:
+        summary = score_files(
+            loaded,
+            files,
+            options.out,
+            progress=progress,
+            overwrite=options.overwrite,
+            batch_size=options.batch_size,
+            max_pixels=settings.max_pixels,
+            device=options.device,
+        )
+    print_score_summary(summary, options.out)
 
 
 def _add_models(commands: Any) -> None:

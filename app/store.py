@@ -25,18 +25,20 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from app.core.detector import Detector, ScoreName
+from app.core.detector import ClassLevels, Detector
 from app.core.images import REFERENCE_JPEG, Decoder, Preprocessing, installed_decoder
 from app.core.images import load as load_image
 from app.core.jigsaw import Edge
 from app.core.networks import Architecture, build, load_weights
 from app.core.norm_ratio import BlockSelection
+from app.core.scores import SCORES_WITH_HEAD, ScoreName
 from app.core.threshold import Threshold
 from app.errors import BundleError, BundleNotFoundError, NetworkError
 
 BUNDLE_FILE: Final = "bundle.json"
 WEIGHTS_FILE: Final = "weights.safetensors"
 CALIBRATION_SCORES_KEY: Final = "normgate.calibration_scores"
+CALIBRATION_CLASSES_KEY: Final = "normgate.calibration_classes"
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 GOLDEN_TOLERANCE: Final = 1e-3
 """Largest relative difference between the golden score stored and the one a machine computes."""
@@ -78,6 +80,15 @@ class CalibrationData(_Part):
     shared_images: int = Field(description="Threshold images found among the selection images.")
 
 
+class ClassThreshold(_Part):
+    """The levels of one predicted class, calibrated on the images predicted to be of it."""
+
+    index: int = Field(ge=0)
+    label: str
+    threshold: Threshold
+    abstain: Threshold | None = None
+
+
 class Bundle(_Part):
     """Everything but the weights that a verdict depends on, and the evidence for it."""
 
@@ -94,6 +105,15 @@ class Bundle(_Part):
     jigsaw: JigsawOptions
     score: ScoreName
     threshold: Threshold
+    head: str | None = Field(
+        None, description="The last linear layer, for the scores that rescale its input."
+    )
+    abstain: Threshold | None = Field(
+        None, description="A score below this that is not OOD is uncertain."
+    )
+    class_thresholds: tuple[ClassThreshold, ...] | None = Field(
+        None, description="Of single predicted classes; the others use those for all."
+    )
     golden_score: float = Field(description="Score of the reference image NormGate ships.")
     data: CalibrationData
     weights_sha256: str
@@ -109,6 +129,20 @@ class Bundle(_Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _levels_are_consistent(self) -> Self:
+        if self.score in SCORES_WITH_HEAD and self.head is None:
+            raise ValueError(f"score {self.score} needs the head's name")
+        if self.abstain is not None and self.abstain.alpha <= self.threshold.alpha:
+            raise ValueError(
+                f"abstain alpha is {self.abstain.alpha}; it must lie above alpha, "
+                f"{self.threshold.alpha}"
+            )
+        for row in self.class_thresholds or ():
+            if row.index >= len(self.labels):
+                raise ValueError(f"class {row.index} has a threshold; there are no such labels")
+        return self
+
 
 @dataclass(frozen=True)
 class LoadedBundle:
@@ -117,6 +151,7 @@ class LoadedBundle:
     bundle: Bundle
     weights: Mapping[str, Tensor]
     calibration_scores: NDArray[np.float32]
+    calibration_classes: NDArray[np.int64] | None = None
 
     def detector(self, *, device: str = "cpu") -> Detector:
         """A detector of its own network, checked against the golden score.
@@ -138,6 +173,9 @@ class LoadedBundle:
                 score=bundle.score,
                 threshold=bundle.threshold.value,
                 calibration_scores=self.calibration_scores,
+                head=bundle.head,
+                uncertain_below=None if bundle.abstain is None else bundle.abstain.value,
+                class_levels=self._class_levels(),
             )
         except NetworkError as error:
             raise BundleError(f"{_title(bundle)}: {error}") from error
@@ -152,6 +190,16 @@ class LoadedBundle:
                 f"{_title(bundle)}: {len(bundle.labels)} labels for {classes} classes"
             )
         return detector
+
+    def _class_levels(self) -> ClassLevels | None:
+        rows = self.bundle.class_thresholds
+        if rows is None or self.calibration_classes is None:
+            return None
+        thresholds, uncertain_below = np.full((2, len(self.bundle.labels)), np.nan, np.float32)
+        for row in rows:
+            thresholds[row.index] = row.threshold.value
+            uncertain_below[row.index] = np.nan if row.abstain is None else row.abstain.value
+        return ClassLevels(thresholds, uncertain_below, self.calibration_classes)
 
 
 class Store:
@@ -244,8 +292,16 @@ class Store:
         _check_decoder(bundle)
         weights = self._read_weights(bundle)
         scores = weights.pop(CALIBRATION_SCORES_KEY, torch.empty(0)).numpy()
+        stored_classes = weights.pop(CALIBRATION_CLASSES_KEY, None)
+        classes = None if stored_classes is None else stored_classes.numpy()
         _check_calibration(bundle, scores)
-        return LoadedBundle(bundle=bundle, weights=weights, calibration_scores=scores)
+        _check_classes(bundle, scores, classes)
+        return LoadedBundle(
+            bundle=bundle,
+            weights=weights,
+            calibration_scores=scores,
+            calibration_classes=classes,
+        )
 
     def next_version(self, name: str) -> int:
         """The version a new bundle of this model gets.
@@ -267,6 +323,8 @@ class Store:
         name: str,
         weights: Mapping[str, Tensor],
         calibration_scores: NDArray[np.float32],
+        calibration_classes: NDArray[np.int64] | None = None,
+        attach: Callable[[Bundle], Mapping[str, bytes]] | None = None,
     ) -> Path:
         """Write a bundle whole, or nothing at all.
 
@@ -275,6 +333,10 @@ class Store:
             name: the model.
             weights: the network's state dict.
             calibration_scores: ``[N]`` float32, sorted, ascending.
+            calibration_classes: ``[N]``, the class predicted for each, where the bundle has
+                thresholds for classes.
+            attach: makes files for people to read, by their path in the bundle's folder;
+                nothing depends on them.
 
         Returns:
             The folder of the new version.
@@ -288,8 +350,16 @@ class Store:
             with tempfile.TemporaryDirectory(dir=parent, prefix=".partial-") as partial:
                 staged = Path(partial, "bundle")
                 staged.mkdir()
-                bundle = describe(_write_weights(staged, weights, calibration_scores))
+                tensors = dict(weights) | {
+                    CALIBRATION_SCORES_KEY: torch.from_numpy(calibration_scores)
+                }
+                if calibration_classes is not None:
+                    tensors[CALIBRATION_CLASSES_KEY] = torch.from_numpy(calibration_classes)
+                bundle = describe(_write_weights(staged, tensors))
                 _write_synced(staged / BUNDLE_FILE, _as_json(bundle))
+                for name, attachment in (attach(bundle) if attach else {}).items():
+                    (staged / name).parent.mkdir(exist_ok=True)
+                    _write_synced(staged / name, attachment)
                 folder = parent / str(bundle.version)
                 _sync_folder(staged)
                 staged.rename(folder)
@@ -363,13 +433,29 @@ def _check_calibration(bundle: Bundle, scores: NDArray[np.float32]) -> None:
         )
 
 
-def _write_weights(
-    folder: Path, weights: Mapping[str, Tensor], calibration_scores: NDArray[np.float32]
-) -> str:
+def _check_classes(
+    bundle: Bundle, scores: NDArray[np.float32], classes: NDArray[np.int64] | None
+) -> None:
+    if bundle.class_thresholds is None:
+        return
+    if classes is None or classes.shape != scores.shape:
+        raise BundleError(
+            f"{_title(bundle)} has thresholds for classes; it must hold the predicted class of "
+            f"each of its {len(scores)} calibration scores"
+        )
+    for row in bundle.class_thresholds:
+        own, k = scores[classes == row.index], row.threshold.k
+        if len(own) != row.threshold.n or own[k - 1 : k].tolist() != [row.threshold.value]:
+            raise BundleError(
+                f"{_title(bundle)}: threshold {row.threshold.value} of class {row.label} is not "
+                f"number {k} of the {row.threshold.n} calibration scores of that class"
+            )
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> str:
     # Copies, since safetensors refuses tensors that share memory (tied weights).
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
-    tensors[CALIBRATION_SCORES_KEY] = torch.from_numpy(calibration_scores)
-    content = save_tensors(tensors)
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    content = save_tensors(copies)
     _write_synced(folder / WEIGHTS_FILE, content)
     return hashlib.sha256(content).hexdigest()
 

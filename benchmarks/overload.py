@@ -8,7 +8,6 @@ are measured in turns, and the ratio of the two is taken turn by turn.
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import tempfile

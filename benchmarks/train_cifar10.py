@@ -6,7 +6,8 @@ The default makes the weights of the bundled model::
 
 5,000 training images are held out for the threshold; the test images are scored once, at the
 end, to report the accuracy. The weights saved are an exponential moving average of the last
-epochs. The forward pass runs in bf16; the weights stay fp32.
+epochs. The forward pass runs in bf16, or in fp32 with ``--precision fp32`` (ten times as fast on a
+processor without bf16 instructions); the weights stay fp32.
 """
 
 import argparse
@@ -46,7 +47,14 @@ def main() -> None:
     size = {"widen_factor" if options.network == "wrn28_10" else "width": options.width}
     network = NETWORKS[options.network](num_classes=10, **size)
     network.to(memory_format=torch.channels_last)
-    averaged = _train(network, images, targets, epochs=options.epochs, batch_size=options.batch)
+    averaged = _train(
+        network,
+        images,
+        targets,
+        epochs=options.epochs,
+        batch_size=options.batch,
+        is_bf16=options.precision == "bf16",
+    )
     # Over augmented images, as in training: statistics of plain ones cost 2 points of accuracy.
     update_bn(_epoch(images, targets, batch_size=options.batch, augment=True), averaged)
     accuracy = _accuracy(averaged, *_load_folder(test_folder))
@@ -63,6 +71,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=16, help="width, or widen factor of a WRN")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/cifar10-resnet18.safetensors"))
     return parser.parse_args()
@@ -79,7 +88,13 @@ def _load_folder(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def _train(
-    network: nn.Module, images: Tensor, targets: Tensor, *, epochs: int, batch_size: int
+    network: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    is_bf16: bool,
 ) -> AveragedModel:
     steps = -(-len(images) // batch_size)
     optimiser = torch.optim.SGD(
@@ -92,7 +107,7 @@ def _train(
     for epoch in range(epochs):
         started, total_loss = time.monotonic(), 0.0
         for inputs, labels in _epoch(images, targets, batch_size=batch_size, augment=True):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
                 loss = functional.cross_entropy(network(inputs), labels)
             optimiser.zero_grad()
             loss.backward()

@@ -84,6 +84,7 @@ def test_every_flag_reaches_the_bundle(calibrate: Calibrate, tmp_path: Path) -> 
         *("--blocks", "layer3.?", "--edge", "zero", "--seed", "5", "--max-images", "20"),
         *("--guarantee", "pac", "--delta", "0.3", "--alpha", "0.3", "--batch-size", "7"),
         *("--labels", str(tmp_path / "labels.txt")),
+        *("--score", "selected_norm_energy", "--abstain-alpha", "0.5", "--per-class"),
         *("--preprocessing", '{"interpolation": "bicubic", "resize": 36}'),
     )
 
@@ -94,6 +95,10 @@ def test_every_flag_reaches_the_bundle(calibrate: Calibrate, tmp_path: Path) -> 
     assert (bundle.data.selection.count, bundle.data.threshold.count) == (20, 20)
     threshold = bundle.threshold
     assert (threshold.guarantee, threshold.delta, threshold.alpha) == ("pac", 0.3, 0.3)
+    assert (bundle.score, bundle.head) == ("selected_norm_energy", "fc")
+    assert bundle.abstain is not None
+    assert bundle.abstain.alpha == 0.5
+    assert bundle.class_thresholds is not None
     assert bundle.labels == tuple(labels)
     preprocessing = bundle.preprocessing
     assert (preprocessing.interpolation, preprocessing.resize, preprocessing.crop) == (
@@ -260,7 +265,7 @@ def test_evaluate_reports_and_writes_json(
     assert figures["ood_images"] == {"drawn": IMAGES, "again": IMAGES}
     assert figures["false_alarm_rate"] == 4 / 24
     report = capsys.readouterr().out
-    assert "false alarms 0.1667; the bundle says 0.0" in report
+    assert "false alarms: 16.67%" in report
     assert f"{figures['results']['feature_norm']['drawn']['auroc']:.3f} / " in report
 
 
@@ -275,6 +280,10 @@ def test_evaluate_reports_and_writes_json(
         (["--id", "absent"], "absent is not a folder"),
         (["--ood", "x=absent"], "absent is not a folder"),
         (["--json", "absent/figures.json"], "absent/figures.json cannot be written"),
+        (["--near", "other"], "--near names other; --ood has drawn"),
+        (["--near", "drawn", "--far", "drawn"], "drawn is called both near and far"),
+        (["--paper"], "was calibrated with edge keep"),
+        (["--train", "absent"], "absent is not a folder"),
     ],
 )
 def test_evaluate_tells_what_is_wrong(

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from app.errors import BundleError, BundleNotFoundError
 from app.store import (
     BUNDLE_FILE,
+    CALIBRATION_CLASSES_KEY,
     CALIBRATION_SCORES_KEY,
     WEIGHTS_FILE,
     Bundle,
@@ -131,10 +132,12 @@ def test_a_bundle_is_two_files_without_pickle(tiny_store: Store) -> None:
 
 
 def test_the_description_has_the_designs_keys(tiny_store: Store) -> None:
-    """``bundle.json`` has every top-level key of the design, and the golden score."""
+    """``bundle.json`` has every top-level key of the design, the golden score and the options."""
     document = json.loads((folder_of(tiny_store) / BUNDLE_FILE).read_text())
 
-    assert document.keys() == TOP_LEVEL_KEYS | {"golden_score"}
+    assert document.keys() == TOP_LEVEL_KEYS | {
+        *("golden_score", "head", "abstain", "class_thresholds")
+    }
     assert document["schema_version"] == 1
     assert document["threshold"].keys() >= {"value", "alpha", "guarantee", "n", "k"}
 
@@ -410,6 +413,69 @@ def test_other_calibration_scores_are_refused(
 
     with pytest.raises(BundleError, match=message):
         store.load("tiny")
+
+
+def class_threshold(store: Store) -> dict[str, Any]:
+    """A threshold for class 0 of ``tiny/1``, on the assumption that all images are of it."""
+    threshold = json.loads((folder_of(store) / BUNDLE_FILE).read_text())["threshold"]
+    return {"index": 0, "label": "airplane", "threshold": threshold, "abstain": None}
+
+
+def test_thresholds_of_classes_need_the_classes(store: Store) -> None:
+    """A bundle with thresholds for classes must hold the class of each calibration score."""
+    edit(store, lambda document: document.update(class_thresholds=[class_threshold(store)]))
+
+    with pytest.raises(BundleError, match="must hold the predicted class of each of its 24"):
+        store.load("tiny")
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [(0, None), (3, "of class airplane is not number 5 of the 24 calibration scores")],
+)
+def test_a_threshold_is_of_its_class(store: Store, last: int, message: str | None) -> None:
+    """It is the k-th of the scores of that class, or the bundle is refused."""
+    file = folder_of(store) / WEIGHTS_FILE
+    classes = torch.zeros(24, dtype=torch.int64)
+    classes[-1] = last
+    content = save(load_file(file) | {CALIBRATION_CLASSES_KEY: classes})
+    file.write_bytes(content)
+
+    def change(document: dict[str, Any]) -> None:
+        document["class_thresholds"] = [class_threshold(store)]
+        document["weights_sha256"] = hashlib.sha256(content).hexdigest()
+
+    edit(store, change)
+
+    if message is None:
+        loaded = store.load("tiny")
+        assert loaded.calibration_classes is not None
+        assert CALIBRATION_CLASSES_KEY not in loaded.weights
+    else:
+        with pytest.raises(BundleError, match=message):
+            store.load("tiny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "selected_norm_msp"}, "score selected_norm_msp needs the head's name"),
+        ({"abstain": "threshold"}, "abstain alpha is 0.2; it must lie above alpha, 0.2"),
+    ],
+)
+def test_levels_that_contradict_each_other(
+    store: Store, changes: dict[str, str], message: str
+) -> None:
+    """What the description says of its score and levels has to fit together."""
+
+    def change(document: dict[str, Any]) -> None:
+        for key, value in changes.items():
+            document[key] = document.get(value, value)
+
+    edit(store, change)
+
+    with pytest.raises(BundleError, match=message):
+        store.read("tiny")
 
 
 def test_other_decoded_pixels_are_refused(store: Store) -> None:

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from app.core.feature_norm import Layout, feature_norm
+from app.core.head import reading_features
 from app.errors import NetworkError
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+_CONTAINERS: frozenset[type[nn.Module]] = frozenset({nn.Sequential, nn.ModuleList})
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ class BlockNorms:
         with self._hooked():
             logits: Tensor = self._network(inputs)
         return logits.float(), self._collected()
+
+    def run_with_features(
+        self, inputs: Tensor, *, head: str
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """As :meth:`run`, with the input ``[B, D]`` of the linear layer called ``head`` too."""
+        with reading_features(self._network, head) as features:
+            logits, norms = self.run(inputs)
+        return logits, norms, features.value
 
     def run_to_last_block(self, inputs: Tensor) -> dict[str, Tensor]:
         """The FeatureNorms alone; what the network computes after the last block is left out.
@@ -144,6 +154,7 @@ def find_blocks(
         wanted = "" if pattern is None else f" whose name matches {pattern!r}"
         raise NetworkError(
             f"{type(network).__name__} has no block{wanted} with spatial maps or tokens"
+            + ("" if pattern else " that every path from the image to the logits passes through")
         )
     names.sort(key=trace.order.index)
     return tuple(_with_layouts(names, trace.shapes))
@@ -235,7 +246,8 @@ class _Search:
 
     def __init__(self, network: nn.Module, trace: _Trace) -> None:
         self._network = network
-        self._modules = dict(network.named_modules())
+        # A module may be shared, and then has several names; the trace knows the first.
+        self._modules = dict(network.named_modules(remove_duplicate=False))
         self._trace = trace
         # A class is whole when one of its instances has nothing to read inside: the others,
         # which happen not to branch, are not taken apart either (MBConv with stride 2).
@@ -243,7 +255,7 @@ class _Search:
             type(module)
             for name, module in self._modules.items()
             if name and self._qualifies(name) and not self._inside(name)
-        } - {nn.Sequential, nn.ModuleList}
+        } - _CONTAINERS
 
     def names(self) -> list[str]:
         """Blocks of a branching network, else the convolutions of a plain one."""
@@ -256,12 +268,15 @@ class _Search:
         found = [
             below for child in self._composite_children(name) for below in self._descend(child)
         ]
-        if name and self._qualifies(name) and (not found or self._is_whole(name)):
+        if name and self._qualifies(name) and (not found or self._is_whole(name, found)):
             return [name]
         return found
 
-    def _is_whole(self, name: str) -> bool:
-        return type(self._modules[name]) in self._whole
+    def _is_whole(self, name: str, found: Sequence[str]) -> bool:
+        kind = type(self._modules[name])
+        # One part that could be read is a part (squeeze-and-excitation), unless all that holds
+        # it is a sequence: that is a stage of one block.
+        return kind in self._whole or (len(found) == 1 and kind not in _CONTAINERS)
 
     def _inside(self, name: str) -> list[str]:
         prefix = f"{name}."

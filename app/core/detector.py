@@ -1,8 +1,7 @@
 """A calibrated classifier: logits, FeatureNorm, p-value and verdict from one forward pass."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 import numpy as np
 import torch
@@ -11,9 +10,16 @@ from torch import Tensor, nn
 
 from app.core.blocks import Block, BlockNorms
 from app.core.images import Preprocessing
+from app.core.scores import (
+    SCORES,
+    SCORES_WITH_HEAD,
+    SCORES_WITHOUT_LOGITS,
+    Evidence,
+    ScoreName,
+    selected_norm_logits,
+)
 from app.core.threshold import p_values
-
-ScoreName = Literal["feature_norm"]
+from app.errors import NetworkError
 
 BATCH_TOLERANCE: Final = 1e-4
 """Largest relative difference of one image's score between batches of different size, in fp32.
@@ -21,25 +27,32 @@ BATCH_TOLERANCE: Final = 1e-4
 Convolution kernels are chosen by batch size and sum in another order.
 """
 
-Score = Callable[[Tensor, Tensor | None], Tensor]
 
-SCORES: Final[Mapping[ScoreName, Score]] = {
-    "feature_norm": lambda feature_norms, logits: feature_norms,
-}
-"""Each score, higher meaning more in-distribution, from FeatureNorms ``[B]`` and logits."""
-
-SCORES_WITHOUT_LOGITS: Final[frozenset[ScoreName]] = frozenset({"feature_norm"})
-"""Those for which a verdict needs the network only up to the selected block."""
+Verdict = Literal["id", "uncertain", "ood"]
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What one batch of ``B`` images was judged to be; all on the CPU."""
+    """What one batch of ``B`` images was judged to be; all on the CPU.
+
+    ``thresholds`` are those the scores were compared with: the bundle's, or the predicted
+    class's. ``is_uncertain`` marks scores at or above them that fall short of the second level.
+    """
 
     feature_norms: NDArray[np.float32]
     scores: NDArray[np.float32]
     p_values: NDArray[np.float64]
     is_ood: NDArray[np.bool_]
+    is_uncertain: NDArray[np.bool_]
+    thresholds: NDArray[np.float32]
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """``"ood"``, ``"uncertain"`` or ``"id"`` for each image."""
+        return [
+            "ood" if is_ood else "uncertain" if is_uncertain else "id"
+            for is_ood, is_uncertain in zip(self.is_ood, self.is_uncertain, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,21 @@ class Detections(Verdicts):
     """Verdicts and the classifier's logits ``[B, classes]``."""
 
     logits: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ClassLevels:
+    """Levels for each predicted class (Mondrian conformal prediction).
+
+    Args:
+        thresholds: ``[classes]`` float32; NaN for a class that uses the one for all classes.
+        uncertain_below: the same for the second level, if there is one.
+        calibration_classes: ``[N]``, the predicted class of each calibration score.
+    """
+
+    thresholds: NDArray[np.float32]
+    uncertain_below: NDArray[np.float32] | None
+    calibration_classes: NDArray[np.int64]
 
 
 class Detector:
@@ -62,6 +90,12 @@ class Detector:
         score: which score the threshold is for.
         threshold: a score below it is OOD.
         calibration_scores: ``[N]`` float32, sorted, ascending.
+        head: name of the linear layer that gives the logits, for scores in ``SCORES_WITH_HEAD``.
+        uncertain_below: a score that is not OOD but below this is uncertain; none by default.
+        class_levels: levels of single predicted classes, which go before those for all.
+
+    Raises:
+        NetworkError: the score needs a head and none was named.
     """
 
     def __init__(
@@ -73,14 +107,28 @@ class Detector:
         score: ScoreName,
         threshold: float,
         calibration_scores: NDArray[np.float32],
+        head: str | None = None,
+        uncertain_below: float | None = None,
+        class_levels: ClassLevels | None = None,
     ) -> None:
+        if score in SCORES_WITH_HEAD and head is None:
+            raise NetworkError(f"score {score} needs the name of the network's last linear layer")
         self._norms = BlockNorms(network, [block])
         self._block = block
+        self._head = head
+        self._network = network
         self._preprocessing = preprocessing
         self._score_name = score
         self._threshold = np.float32(threshold)
+        self._uncertain_below = None if uncertain_below is None else np.float32(uncertain_below)
         self._calibration_scores = calibration_scores
+        self._class_levels = class_levels
         self._device = next(network.parameters()).device
+
+    @property
+    def network(self) -> nn.Module:
+        """The classifier, on its device."""
+        return self._network
 
     @torch.inference_mode()
     def detect(self, images: Tensor) -> Detections:
@@ -93,29 +141,98 @@ class Detector:
             One entry an image, in order. A score depends on the batch it travelled in by less
             than ``BATCH_TOLERANCE``, relatively.
         """
-        logits, norms = self._norms.run(self._inputs(images))
-        verdicts = self._judge(norms[self._block.name], logits)
-        return Detections(**vars(verdicts), logits=logits.cpu().numpy())
+        inputs, features = self._inputs(images), None
+        if self._score_name in SCORES_WITH_HEAD and self._head is not None:
+            logits, norms, features = self._norms.run_with_features(inputs, head=self._head)
+        else:
+            logits, norms = self._norms.run(inputs)
+        return self.judge_outputs(norms[self._block.name], logits, features)
 
     @torch.inference_mode()
     def judge(self, images: Tensor) -> Verdicts:
         """The verdicts of :meth:`detect` without the logits.
 
-        Where the score needs none, the network runs only up to the selected block.
+        Where the verdict needs none, the network runs only up to the selected block.
         """
-        if self._score_name not in SCORES_WITHOUT_LOGITS:
+        if self._score_name not in SCORES_WITHOUT_LOGITS or self._class_levels is not None:
             return self.detect(images)
         norms = self._norms.run_to_last_block(self._inputs(images))
-        return self._judge(norms[self._block.name], None)
+        return self._judge(Evidence(norms[self._block.name]), None)
+
+    @torch.inference_mode()
+    def judge_outputs(
+        self, feature_norms: Tensor, logits: Tensor, features: Tensor | None
+    ) -> Detections:
+        """The detections of images that the network has already seen.
+
+        Args:
+            feature_norms: of the selected block, ``[B]``.
+            logits: ``[B, classes]`` float32.
+            features: the head's input ``[B, D]``, for the scores that need it.
+        """
+        rescaled = None
+        if self._score_name in SCORES_WITH_HEAD and features is not None:
+            rescaled = selected_norm_logits(
+                logits, features=features, bias=self._head_bias(), feature_norms=feature_norms
+            )
+        classes = logits.argmax(dim=1).cpu().numpy()
+        verdicts = self._judge(Evidence(feature_norms, logits, rescaled), classes)
+        return Detections(**vars(verdicts), logits=logits.cpu().numpy())
 
     def _inputs(self, images: Tensor) -> Tensor:
         return self._preprocessing.normalise(images.to(self._device))
 
-    def _judge(self, feature_norms: Tensor, logits: Tensor | None) -> Verdicts:
-        scores = SCORES[self._score_name](feature_norms, logits).cpu().numpy()
+    def _head_bias(self) -> Tensor | None:
+        assert self._head is not None
+        return cast("Tensor | None", self._network.get_submodule(self._head).bias)
+
+    def _judge(self, evidence: Evidence, classes: NDArray[np.int64] | None) -> Verdicts:
+        scores = SCORES[self._score_name](evidence).cpu().numpy()
+        thresholds = np.full_like(scores, self._threshold)
+        values = p_values(scores, self._calibration_scores)
+        uncertain_below = None
+        if self._uncertain_below is not None:
+            uncertain_below = np.full_like(scores, self._uncertain_below)
+        if self._class_levels is not None and classes is not None:
+            levels = self._class_levels
+            thresholds = _own_or(levels.thresholds[classes], thresholds)
+            if uncertain_below is not None and levels.uncertain_below is not None:
+                uncertain_below = _own_or(levels.uncertain_below[classes], uncertain_below)
+            self._within_classes(values, scores, classes)
+        is_ood = scores < thresholds
         return Verdicts(
-            feature_norms=feature_norms.cpu().numpy(),
+            feature_norms=evidence.feature_norms.cpu().numpy(),
             scores=scores,
-            p_values=p_values(scores, self._calibration_scores),
-            is_ood=scores < self._threshold,
+            p_values=values,
+            is_ood=is_ood,
+            is_uncertain=_uncertain(scores, uncertain_below, is_ood),
+            thresholds=thresholds,
         )
+
+    def _within_classes(
+        self,
+        values: NDArray[np.float64],
+        scores: NDArray[np.float32],
+        classes: NDArray[np.int64],
+    ) -> None:
+        """Replace the p-values of images whose predicted class has its own threshold."""
+        levels = self._class_levels
+        assert levels is not None
+        for label in np.unique(classes):
+            if not np.isnan(levels.thresholds[label]):
+                own = self._calibration_scores[levels.calibration_classes == label]
+                values[classes == label] = p_values(scores[classes == label], own)
+
+
+def _own_or(own: NDArray[np.float32], for_all: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.where(np.isnan(own), for_all, own)
+
+
+def _uncertain(
+    scores: NDArray[np.float32],
+    below: NDArray[np.float32] | None,
+    is_ood: NDArray[np.bool_],
+) -> NDArray[np.bool_]:
+    if below is None:
+        return np.zeros_like(is_ood)
+    return ~is_ood & (scores < below)

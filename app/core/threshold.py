@@ -20,6 +20,8 @@ Guarantee = Literal["conformal", "pac"]
 DEFAULT_ALPHA: Final = 0.05
 DEFAULT_DELTA: Final = 0.05
 INTERVAL_LEVEL: Final = 0.95
+MIN_CLASS_RANK: Final = 5
+"""A class's threshold is its fifth smallest score or a later one: fewer images say too little."""
 
 
 class RateInterval(BaseModel):
@@ -84,6 +86,41 @@ def fit_threshold(
         k=k,
         false_alarm_rate=realised_rate(ordered.size, k=k),
     )
+
+
+def fit_class_thresholds(
+    scores: NDArray[np.float32],
+    classes: NDArray[np.int64],
+    *,
+    alpha: float = DEFAULT_ALPHA,
+    guarantee: Guarantee = "conformal",
+    delta: float = DEFAULT_DELTA,
+) -> dict[int, Threshold]:
+    """A threshold for each predicted class with enough images (Mondrian conformal prediction).
+
+    Among the images predicted to be of such a class the promise of :class:`Threshold` holds.
+
+    Args:
+        scores: ``[N]`` scores of held-out ID images.
+        classes: ``[N]``, the classes the network predicts for them.
+        alpha: largest accepted false-alarm rate, in (0, 1).
+        guarantee: see :class:`Threshold`.
+        delta: the chance that the PAC bound fails, in (0, 1).
+
+    Returns:
+        By class index. Enough means that the threshold is at least number
+        ``MIN_CLASS_RANK`` of the class's sorted scores.
+    """
+    found = {}
+    for label in np.unique(classes).tolist():
+        own = scores[classes == label]
+        try:
+            threshold = fit_threshold(own, alpha=alpha, guarantee=guarantee, delta=delta)
+        except CalibrationError:
+            continue
+        if threshold.k >= MIN_CLASS_RANK:
+            found[label] = threshold
+    return found
 
 
 def threshold_rank(n: int, *, alpha: float, guarantee: Guarantee, delta: float) -> int:

@@ -1,6 +1,6 @@
 """Calibration: from a network and two folders of ID images to a bundle in the model store."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from app.core.blocks import Block, BlockNorms, find_blocks
-from app.core.detector import SCORES, Detector, ScoreName
+from app.core.detector import Detector
+from app.core.head import find_head
 from app.core.images import DEFAULT_MAX_PIXELS, Preprocessing, installed_decoder
 from app.core.jigsaw import TILES, Edge, draw_permutations, jigsaw
 from app.core.networks import (
@@ -24,19 +25,24 @@ from app.core.networks import (
     read_weights,
 )
 from app.core.norm_ratio import BlockSelection, image_norm_ratios, select_block
+from app.core.scores import SCORES_WITH_HEAD, ScoreName
 from app.core.threshold import (
     DEFAULT_ALPHA,
     DEFAULT_DELTA,
     Guarantee,
+    Threshold,
+    fit_class_thresholds,
     fit_threshold,
     threshold_rank,
 )
 from app.errors import CalibrationError, NetworkError
 from app.offline.progress import Progress
 from app.offline.reading import Batch, ImageFolder, tracked
+from app.offline.report import CalibrationScores, calibration_report
 from app.store import (
     Bundle,
     CalibrationData,
+    ClassThreshold,
     JigsawOptions,
     Store,
     StoredPreprocessing,
@@ -46,6 +52,7 @@ from app.store import (
 
 RANDOM_WEIGHTS: Final = "random"
 MAX_SHARED_SHARE: Final = 0.01
+_NAMED: Final = 10
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,32 @@ class CalibrationOptions:
     alpha: float = DEFAULT_ALPHA
     guarantee: Guarantee = "conformal"
     delta: float = DEFAULT_DELTA
+    has_class_thresholds: bool = False
+    abstain_alpha: float | None = None
     edge: Edge = "keep"
     seed: int = 0
     max_images: int | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS
     batch_size: int = 64
     device: str = "cpu"
+    has_report: bool = False
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """The selection, and the FeatureNorms at the selected block that it shows in."""
+
+    selection: BlockSelection
+    norms: NDArray[np.float32]
+    jigsaw_norms: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The threshold images' scores, ascending, and the classes predicted for them."""
+
+    scores: NDArray[np.float32]
+    classes: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -92,16 +119,18 @@ def calibrate(options: CalibrationOptions, store: Store, *, progress: Progress) 
     """
     version = store.next_version(options.name)
     run = _Run(options, progress)
-    selection = run.select_block()
-    scores = np.sort(run.held_out_scores(selection.selected))
-    bundle = run.describe(selection, scores)
+    choice = run.select_block()
+    held_out = run.held_out_scores(choice.selection.selected)
+    bundle = run.describe(choice.selection, held_out)
     folder = store.write(
         lambda weights_sha256: bundle.model_copy(
             update={"version": version, "weights_sha256": weights_sha256}
         ),
         name=options.name,
         weights=run.network.state_dict(),
-        calibration_scores=scores,
+        calibration_scores=held_out.scores,
+        calibration_classes=held_out.classes if options.has_class_thresholds else None,
+        attach=_report(choice, held_out) if options.has_report else None,
     )
     return Calibration(store.read(options.name, version), folder)
 
@@ -128,6 +157,12 @@ def build_network(options: CalibrationOptions) -> nn.Module:
         raise NetworkError(f"device {options.device} cannot be used: {reason}") from error
 
 
+def _report(choice: BlockChoice, held_out: HeldOut) -> Callable[[Bundle], Mapping[str, bytes]]:
+    """What is written beside the description: the report and its figures."""
+    scores = CalibrationScores(choice.norms, choice.jigsaw_norms, held_out.scores)
+    return lambda bundle: calibration_report(bundle, scores).files()
+
+
 class _Run:
     """One calibration: the network, the two folders and the passes over them."""
 
@@ -150,45 +185,52 @@ class _Run:
                 f"{options.architecture.id} cannot run on {side}x{side} pixels: {reason}"
             ) from error
         self._labels = _labels(options, classes=_count_classes(self.network, inputs))
+        self._head: str | None = None
+        if options.score in SCORES_WITH_HEAD:
+            self._head = find_head(self.network, inputs)
 
     @torch.inference_mode()
-    def select_block(self) -> BlockSelection:
+    def select_block(self) -> BlockChoice:
         """NormRatio of every block over the selection images."""
         norms = BlockNorms(self.network, self._blocks)
         permutations = draw_permutations(len(self._selection.files), seed=self._options.seed)
-        ratios: list[NDArray[np.float32]] = []
+        of_images: list[NDArray[np.float32]] = []
+        of_puzzles: list[NDArray[np.float32]] = []
         for batch, inputs in self._batches("choosing the block", self._selection):
             puzzles = jigsaw(inputs, permutations[batch.indices], edge=self._options.edge)
-            ratios.append(
-                image_norm_ratios(_columns(norms.run(inputs)[1]), _columns(norms.run(puzzles)[1]))
-            )
-        return select_block(self._blocks, _joined(ratios), seed=self._options.seed)
+            of_images.append(_columns(norms.run(inputs)[1]))
+            of_puzzles.append(_columns(norms.run(puzzles)[1]))
+        image_norms, jigsaw_norms = _joined(of_images), _joined(of_puzzles)
+        selection = select_block(
+            self._blocks,
+            image_norm_ratios(image_norms, jigsaw_norms),
+            seed=self._options.seed,
+        )
+        column = self._blocks.index(selection.selected)
+        return BlockChoice(selection, image_norms[:, column], jigsaw_norms[:, column])
 
-    @torch.inference_mode()
-    def held_out_scores(self, block: Block) -> NDArray[np.float32]:
-        """The score of every threshold image, in the order of the files."""
-        norms = BlockNorms(self.network, [block])
-        score = SCORES[self._options.score]
+    def held_out_scores(self, block: Block) -> HeldOut:
+        """The score and predicted class of every threshold image, by ascending score."""
+        detector = self._detector(block, np.empty(0, dtype=np.float32), -np.inf)
         scores: list[NDArray[np.float32]] = []
-        for _, inputs in self._batches("setting the threshold", self._held_out):
-            logits, feature_norms = norms.run(inputs)
-            scores.append(score(feature_norms[block.name], logits).cpu().numpy())
-        return _joined(scores)
+        classes: list[NDArray[np.int64]] = []
+        for batch, _ in self._batches("setting the threshold", self._held_out):
+            detections = detector.detect(batch.images)
+            scores.append(detections.scores)
+            classes.append(detections.logits.argmax(axis=1))
+        joined = _joined(scores)
+        order = np.argsort(joined, kind="stable")
+        return HeldOut(joined[order], np.concatenate(classes)[order])
 
-    def describe(self, selection: BlockSelection, scores: NDArray[np.float32]) -> Bundle:
+    def describe(self, selection: BlockSelection, held_out: HeldOut) -> Bundle:
         """The bundle's description, its version and weights' hash still to be filled in."""
         options = self._options
-        threshold = fit_threshold(
-            scores, alpha=options.alpha, guarantee=options.guarantee, delta=options.delta
-        )
-        detector = Detector(
-            self.network,
-            block=selection.selected,
-            preprocessing=self._preprocessing,
-            score=options.score,
-            threshold=threshold.value,
-            calibration_scores=scores,
-        )
+        threshold = self._fit_threshold(held_out, alpha=options.alpha)
+        abstain = None
+        if options.abstain_alpha is not None:
+            abstain = self._fit_threshold(held_out, alpha=options.abstain_alpha)
+        classes = self._class_thresholds(held_out) if options.has_class_thresholds else None
+        detector = self._detector(selection.selected, held_out.scores, threshold.value)
         data = CalibrationData(
             selection=self._selection.fingerprint(),
             threshold=self._held_out.fingerprint(),
@@ -209,11 +251,60 @@ class _Run:
             jigsaw=JigsawOptions(tiles=TILES, edge=options.edge, seed=options.seed),
             score=options.score,
             threshold=threshold,
+            head=self._head,
+            abstain=abstain,
+            class_thresholds=classes,
             golden_score=reference_score(detector, self._preprocessing)[0],
             data=data,
             weights_sha256="",
             libraries=library_versions(),
-            warnings=(*selection.warnings, *_warnings(options, data)),
+            warnings=(
+                *selection.warnings,
+                *_warnings(options, data),
+                *_class_warnings(classes, self._labels),
+            ),
+        )
+
+    def _fit_threshold(self, held_out: HeldOut, *, alpha: float) -> Threshold:
+        return fit_threshold(
+            held_out.scores,
+            alpha=alpha,
+            guarantee=self._options.guarantee,
+            delta=self._options.delta,
+        )
+
+    def _class_thresholds(self, held_out: HeldOut) -> tuple[ClassThreshold, ...]:
+        own, second = (
+            {}
+            if alpha is None
+            else fit_class_thresholds(
+                held_out.scores,
+                held_out.classes,
+                alpha=alpha,
+                guarantee=self._options.guarantee,
+                delta=self._options.delta,
+            )
+            for alpha in (self._options.alpha, self._options.abstain_alpha)
+        )
+        return tuple(
+            ClassThreshold(
+                index=index,
+                label=self._labels[index],
+                threshold=threshold,
+                abstain=second.get(index),
+            )
+            for index, threshold in own.items()
+        )
+
+    def _detector(self, block: Block, scores: NDArray[np.float32], threshold: float) -> Detector:
+        return Detector(
+            self.network,
+            block=block,
+            preprocessing=self._preprocessing,
+            score=self._options.score,
+            threshold=threshold,
+            calibration_scores=scores,
+            head=self._head,
         )
 
     def _batches(self, title: str, folder: ImageFolder) -> Iterator[tuple[Batch, Tensor]]:
@@ -235,6 +326,11 @@ def _image_folders(options: CalibrationOptions) -> tuple[ImageFolder, ImageFolde
             f"selection images {options.selection_images} and threshold images "
             f"{options.threshold_images} are the same folder, or one lies in the other: the "
             "threshold needs images the classifier was not trained on, whose norms are smaller"
+        )
+    if options.abstain_alpha is not None and not options.alpha < options.abstain_alpha < 1:
+        raise CalibrationError(
+            f"abstain alpha is {options.abstain_alpha}; it must lie between alpha, "
+            f"{options.alpha}, and 1"
         )
     folders = (
         ImageFolder.find(selection, max_images=options.max_images, seed=options.seed),
@@ -288,6 +384,22 @@ def _joined(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     if not parts:
         raise CalibrationError("no image could be read")
     return np.concatenate(parts)
+
+
+def _class_warnings(
+    thresholds: Sequence[ClassThreshold] | None, labels: Sequence[str]
+) -> Iterator[str]:
+    if thresholds is None:
+        return
+    own = {row.index for row in thresholds}
+    others = [label for index, label in enumerate(labels) if index not in own]
+    if others:
+        named = ", ".join(others[:_NAMED])
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        yield (
+            f"{len(others)} of {len(labels)} classes have too few threshold images and use the "
+            f"threshold for all: {named}{more}"
+        )
 
 
 def _warnings(options: CalibrationOptions, data: CalibrationData) -> Iterator[str]:

@@ -93,10 +93,10 @@ class ImageFolder:
         )
         pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
         try:
-            pending: deque[tuple[range, list[Future[_Loaded]]]] = deque()
+            pending: deque[tuple[range, list[Future[LoadedFile]]]] = deque()
             for chunk in chunks:
                 jobs = [
-                    pool.submit(_load_file, self.files[i], preprocessing, max_pixels) for i in chunk
+                    pool.submit(load_file, self.files[i], preprocessing, max_pixels) for i in chunk
                 ]
                 pending.append((chunk, jobs))
                 if len(pending) > _BATCHES_AHEAD:
@@ -120,7 +120,7 @@ class ImageFolder:
     def _name(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()
 
-    def _collect(self, chunk: range, jobs: Sequence["Future[_Loaded]"]) -> Batch:
+    def _collect(self, chunk: range, jobs: Sequence["Future[LoadedFile]"]) -> Batch:
         images, indices = [], []
         for index, job in zip(chunk, jobs, strict=True):
             loaded = job.result()
@@ -158,20 +158,21 @@ def tracked(
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class LoadedFile:
     """A file's digest, and its image or why there is none."""
 
     digest: bytes
     image: Tensor | str
 
 
-def _load_file(file: Path, preprocessing: Preprocessing, max_pixels: int) -> _Loaded:
+def load_file(file: Path, preprocessing: Preprocessing, max_pixels: int) -> LoadedFile:
+    """A file's image and digest; what is wrong with it becomes the reason, not an error."""
     try:
         data = file.read_bytes()
     except OSError as error:
-        return _Loaded(b"", error.strerror or type(error).__name__)
+        return LoadedFile(b"", error.strerror or type(error).__name__)
     digest = hashlib.sha256(data).digest()
     try:
-        return _Loaded(digest, load(data, preprocessing, max_pixels=max_pixels))
+        return LoadedFile(digest, load(data, preprocessing, max_pixels=max_pixels))
     except ImageError as error:
-        return _Loaded(digest, str(error))
+        return LoadedFile(digest, str(error))

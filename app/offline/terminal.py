@@ -1,5 +1,7 @@
 """Progress bars and tables for people."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, Self
 
 from rich.console import Console
@@ -18,10 +20,12 @@ from rich.text import Text
 
 from app.core.threshold import Threshold
 from app.offline.calibrate import Calibration
-from app.offline.evaluate import Evaluation
+from app.offline.evaluate import ORACLE_TOLERANCE, Evaluation
+from app.offline.score import ScoreSummary
+from app.offline.tables import blocks_table, methods_table, oracle_sentence, rates
 from app.store import Store
 
-_PIPE_WIDTH: Final = 120
+_PIPE_WIDTH: Final = 160
 
 
 class TerminalProgress:
@@ -74,7 +78,25 @@ def print_calibration(calibration: Calibration) -> None:
             style="bold green" if is_chosen else None,
         )
     console.print(table)
-    console.print(f"threshold {bundle.threshold.value:.6g}: {_promise(bundle.threshold)}")
+    console.print(
+        f"score {bundle.score}, threshold {bundle.threshold.value:.6g}: "
+        f"{_promise(bundle.threshold)}"
+    )
+    if bundle.abstain is not None:
+        console.print(f"uncertain below {bundle.abstain.value:.6g}, alpha {bundle.abstain.alpha:g}")
+    if bundle.class_thresholds is not None:
+        _print_table(
+            "thresholds of predicted classes",
+            ["class", "threshold", "images", "k"],
+            [
+                [
+                    row.label,
+                    f"{row.threshold.value:.6g}",
+                    *map(str, (row.threshold.n, row.threshold.k)),
+                ]
+                for row in bundle.class_thresholds
+            ],
+        )
     for warning in bundle.warnings:
         console.print(f"[yellow]warning[/]: {warning}", highlight=False, soft_wrap=True)
     for name in (*bundle.data.selection.unreadable, *bundle.data.threshold.unreadable):
@@ -83,28 +105,39 @@ def print_calibration(calibration: Calibration) -> None:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """False alarms against their promise, then every score on every data set."""
+    """False alarms against their promise, then every method and block on every data set."""
     console = _console()
-    low, high = evaluation.false_alarms_promised
-    if evaluation.accuracy is not None:
-        console.print(f"accuracy {evaluation.accuracy:.4f} on {evaluation.id_images} ID images")
+    for line in rates(evaluation):
+        console.print(line, highlight=False, soft_wrap=True)
+    title = f"{evaluation.bundle}, codec {evaluation.codec}: AUROC / FPR95"
+    _print_table(title, *methods_table(evaluation))
+    _print_table("FeatureNorm at every block", *blocks_table(evaluation))
     console.print(
-        f"false alarms {evaluation.false_alarm_rate:.4f}; the bundle says {low:.4f} to {high:.4f}"
+        oracle_sentence(evaluation, tolerance=ORACLE_TOLERANCE), highlight=False, soft_wrap=True
     )
-    table = Table(title=f"{evaluation.bundle}, codec {evaluation.codec}: AUROC / FPR95")
-    for heading in ("OOD", "images", *evaluation.results, "caught"):
+    for method, reason in evaluation.left_out.items():
+        console.print(f"{method} is left out: {reason}", highlight=False, soft_wrap=True)
+
+
+def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title)
+    for heading in headings:
         table.add_column(heading, no_wrap=True)
-    for data_set, count in evaluation.ood_images.items():
-        table.add_row(
-            data_set,
-            str(count),
-            *(
-                f"{results[data_set].auroc:.3f} / {results[data_set].fpr95:.3f}"
-                for results in evaluation.results.values()
-            ),
-            f"{evaluation.detection_rate[data_set]:.3f}",
-        )
-    console.print(table)
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def print_score_summary(summary: ScoreSummary, out: Path) -> None:
+    """How many images got which verdict, and where the table lies."""
+    console = _console()
+    if summary.resumed:
+        console.print(f"{summary.resumed} rows were there already")
+    for verdict, count in sorted(summary.verdicts.items()):
+        console.print(f"{verdict}: {count}")
+    if summary.unreadable:
+        console.print(f"[yellow]without a verdict[/]: {summary.unreadable}, see column error")
+    console.print(f"table written to {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_models(store: Store) -> None:

@@ -1,6 +1,7 @@
 """The detector: one forward pass, the same score in any company, one verdict."""
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from app.core.blocks import Block, find_blocks
-from app.core.detector import BATCH_TOLERANCE, Detections, Detector
+from app.core.blocks import Block, BlockNorms, find_blocks
+from app.core.detector import BATCH_TOLERANCE, ClassLevels, Detections, Detector
 from app.core.images import Preprocessing
 from app.core.networks import CIFAR_PREPROCESSING, Architecture, build
+from app.core.scores import SCORES, SCORES_WITH_HEAD, Evidence, ScoreName
 from app.core.threshold import fit_threshold
+from app.errors import NetworkError
 from tests.pictures import pixels
 
 ALPHA = 0.2
@@ -199,3 +202,122 @@ def test_judging_is_detecting_without_logits(network: nn.Module, detector: Detec
 
     for name in ("feature_norms", "scores", "p_values", "is_ood"):
         np.testing.assert_array_equal(getattr(verdicts, name), getattr(detections, name))
+
+
+def class_detector(levels: ClassLevels, **options: Any) -> Detector:
+    """A detector on 2 x 2 pixels; green above red means class 0, else class 1."""
+    return Detector(
+        ColourNetwork().eval(),
+        block=Block("red", "maps"),
+        preprocessing=Preprocessing(resize=2, crop=2, mean=(0, 0, 0), std=(1, 1, 1)),
+        score="feature_norm",
+        threshold=1.0,
+        calibration_scores=np.array([0.5, 1.0, 1.5, 1.8], dtype=np.float32),
+        class_levels=levels,
+        **options,
+    )
+
+
+class ColourNetwork(BrightnessNetwork):
+    """Reads the red channel like its parent; the logits are the means of green and red."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, 2]``."""
+        self.red(images)
+        logits: Tensor = images.mean(dim=(2, 3))[:, [1, 0]]
+        return logits
+
+
+def coloured(red: list[int], green: list[int]) -> Tensor:
+    """Plain images of these colours."""
+    images = torch.zeros(len(red), 3, 2, 2, dtype=torch.uint8)
+    images[:, 0] = torch.tensor(red).view(-1, 1, 1)
+    images[:, 1] = torch.tensor(green).view(-1, 1, 1)
+    return images
+
+
+def test_levels_of_predicted_classes() -> None:
+    """Class 0 has its own threshold and p-values; class 1 uses those for all."""
+    levels = ClassLevels(
+        thresholds=np.array([0.8, np.nan], dtype=np.float32),
+        uncertain_below=np.array([1.4, np.nan], dtype=np.float32),
+        calibration_classes=np.array([0, 1, 0, 1]),
+    )
+    detector = class_detector(levels, uncertain_below=1.2)
+    # Norms are 2 x red / 255: 0.6, 1.0 and 1.6 of class 0, then 0.8, 1.1 and 1.3 of class 1.
+    images = coloured([76, 128, 204, 102, 141, 166], [255, 255, 255, 0, 0, 0])
+
+    detections = detector.detect(images)
+
+    np.testing.assert_allclose(detections.thresholds, [0.8, 0.8, 0.8, 1, 1, 1])
+    assert detections.verdicts == ["ood", "uncertain", "id", "ood", "uncertain", "id"]
+    assert detections.is_uncertain.tolist() == [False, True, False, False, True, False]
+    # Class 0 is ranked among its own 0.5 and 1.5, class 1 among all four.
+    np.testing.assert_allclose(detections.p_values, [2 / 3, 2 / 3, 1, 0.4, 0.6, 0.6])
+
+
+def test_class_levels_need_the_whole_network() -> None:
+    """The predicted class is not known at the block: judging gives what detecting gives."""
+    levels = ClassLevels(np.array([0.2, 1.9], np.float32), None, np.array([0, 1, 0, 1]))
+    detector = class_detector(levels)
+    images = coloured([90, 90], [255, 0])
+
+    assert detector.judge(images).is_ood.tolist() == [False, True]
+    assert detector.judge(images).verdicts == detector.detect(images).verdicts == ["id", "ood"]
+
+
+def test_two_levels_without_classes() -> None:
+    """Below the threshold OOD, below the second level uncertain, else ID; by default no second."""
+    images = coloured([50, 130, 250], [0, 0, 0])
+    options: dict[str, Any] = {
+        "block": Block("red", "maps"),
+        "preprocessing": Preprocessing(resize=2, crop=2, mean=(0, 0, 0), std=(1, 1, 1)),
+        "score": "feature_norm",
+        "threshold": 1.0,
+        "calibration_scores": np.ones(1, np.float32),
+    }
+
+    two = Detector(BrightnessNetwork().eval(), **options, uncertain_below=1.5).judge(images)
+    one = Detector(BrightnessNetwork().eval(), **options).judge(images)
+
+    assert two.verdicts == ["ood", "uncertain", "id"]
+    assert one.verdicts == ["ood", "id", "id"]
+    assert two.is_ood.tolist() == one.is_ood.tolist()
+
+
+@pytest.mark.parametrize("score", sorted(SCORES))
+def test_every_score_is_its_definition(network: nn.Module, score: ScoreName) -> None:
+    """The detector gives the score that the norm, the logits and the last features give."""
+    images = pictures(5)
+    block = find_blocks(network, torch.zeros(1, 3, 32, 32))[-2]
+    detector = Detector(
+        network,
+        block=block,
+        preprocessing=CIFAR_PREPROCESSING,
+        score=score,
+        threshold=0,
+        calibration_scores=np.ones(1, np.float32),
+        head="fc" if score in SCORES_WITH_HEAD else None,
+    )
+    with torch.no_grad():
+        inputs = CIFAR_PREPROCESSING.normalise(images)
+        logits, norms, features = BlockNorms(network, [block]).run_with_features(inputs, head="fc")
+        unit = features / features.norm(dim=1, keepdim=True)
+        rescaled = network.get_submodule("fc")(unit * norms[block.name][:, None])
+        expected = SCORES[score](Evidence(norms[block.name], logits, rescaled))
+
+    np.testing.assert_allclose(detector.detect(images).scores, expected, rtol=1e-4)
+    np.testing.assert_allclose(detector.judge(images).scores, expected, rtol=1e-4)
+
+
+def test_a_score_that_needs_a_head(network: nn.Module) -> None:
+    """Without the head's name the detector cannot be made."""
+    with pytest.raises(NetworkError, match="selected_norm_energy needs the name"):
+        Detector(
+            network,
+            block=Block("layer4.0", "maps"),
+            preprocessing=CIFAR_PREPROCESSING,
+            score="selected_norm_energy",
+            threshold=0,
+            calibration_scores=np.ones(1, np.float32),
+        )

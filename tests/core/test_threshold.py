@@ -11,6 +11,7 @@ from scipy.stats import binom
 from app.core.threshold import (
     Guarantee,
     conformal_rank,
+    fit_class_thresholds,
     fit_threshold,
     p_values,
     pac_rank,
@@ -126,3 +127,38 @@ def test_realised_rate_interval() -> None:
 
     inside = ((interval.low <= rates) & (rates <= interval.high)).mean()
     assert inside == pytest.approx(0.95, abs=0.015)
+
+
+def test_thresholds_of_classes() -> None:
+    """A class's threshold is that of its own scores; a class with too few has none."""
+    generator = np.random.default_rng(0)
+    scores = np.sort(generator.normal(size=400).astype(np.float32))
+    classes = generator.choice(3, size=400, p=[0.6, 0.3, 0.1])
+
+    found = fit_class_thresholds(scores, classes, alpha=0.05)
+
+    # k = floor(0.05 (n + 1)) reaches 5 from n = 99 on.
+    counts = np.bincount(classes)
+    assert counts[0] > counts[1] > 99 > counts[2]
+    assert found.keys() == {0, 1}
+    for label, threshold in found.items():
+        assert threshold == fit_threshold(scores[classes == label], alpha=0.05)
+
+
+def test_false_alarms_of_classes() -> None:
+    """Each class with its own threshold keeps alpha among its images, however its scores lie."""
+    generator = np.random.default_rng(1)
+    classes, fresh_classes = generator.integers(0, 3, (2, 6000))
+    scores, fresh = (
+        (generator.normal(size=6000) + 3 * labels).astype(np.float32)
+        for labels in (classes, fresh_classes)
+    )
+    order = np.argsort(scores)
+
+    found = fit_class_thresholds(scores[order], classes[order], alpha=0.1)
+
+    for label, threshold in found.items():
+        rate = np.mean(fresh[fresh_classes == label] < threshold.value)
+        # About 2,000 images set the threshold and 2,000 measure it.
+        assert rate == pytest.approx(0.1, abs=4 * np.sqrt(2 * 0.1 * 0.9 / 2000))
+    assert found.keys() == {0, 1, 2}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from app.core.images import Preprocessing, load
 from app.core.networks import Architecture, build
+from app.core.scores import SCORES, SCORES_WITH_HEAD, ScoreName
 from app.errors import BundleError, CalibrationError, NetworkError, NormGateError
 from app.offline.calibrate import CalibrationOptions, calibrate
 from app.store import BUNDLE_FILE, CALIBRATION_SCORES_KEY, WEIGHTS_FILE, LoadedBundle, Store
@@ -25,6 +26,7 @@ from tests.conftest import IMAGES, TINY, draw_images, silent
 
 BLOCKS = [f"layer{stage}.{index}" for stage in (1, 2, 3, 4) for index in (0, 1)]
 FACTORY = "python/tests.offline.test_calibrate:tiny_network"
+NO_HEAD = Architecture(id="python/tests.offline.test_calibrate:network_without_head")
 SMALL = Preprocessing(resize=16, crop=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
@@ -41,6 +43,17 @@ class TinyNetwork(nn.Module):
         """Logits of normalised images."""
         logits: Tensor = self.head(self.second(self.first(images)).mean(dim=(2, 3)))
         return logits
+
+
+class PooledConvolutions(nn.Sequential):
+    """Two convolutions whose pooled maps are the logits: there is no linear layer."""
+
+
+def network_without_head() -> nn.Module:
+    """A user's factory."""
+    return PooledConvolutions(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
 
 
 def tiny_network(*, classes: int = 3) -> nn.Module:
@@ -149,6 +162,57 @@ def test_another_seed_gives_other_puzzles(tiny_options: CalibrationOptions, tmp_
     )
     assert by_seed[0].bundle.norm_ratios == on_the_same[0].bundle.norm_ratios
     assert on_the_same[0].bundle.norm_ratios != on_the_same[1].bundle.norm_ratios
+
+
+@pytest.mark.parametrize("score", sorted(SCORES))
+def test_every_score_can_be_calibrated(
+    tiny_options: CalibrationOptions, tmp_path: Path, score: ScoreName
+) -> None:
+    """The threshold is the k-th of the detector's scores, whichever score was asked for."""
+    loaded = run(replace(tiny_options, score=score), tmp_path)
+    detector, bundle = loaded.detector(), loaded.bundle
+    images = torch.stack(
+        [
+            load(file.read_bytes(), bundle.preprocessing)
+            for file in sorted(tiny_options.threshold_images.iterdir())
+        ]
+    )
+
+    detections = detector.detect(images)
+
+    assert bundle.score == score
+    assert bundle.head == ("fc" if score in SCORES_WITH_HEAD else None)
+    np.testing.assert_allclose(np.sort(detections.scores), loaded.calibration_scores, rtol=1e-4)
+    # An image next to the threshold may fall on its other side in the last digit.
+    assert abs(int(detections.is_ood.sum()) - (bundle.threshold.k - 1)) <= 1
+
+
+def test_thresholds_of_classes(tiny_options: CalibrationOptions, tmp_path: Path) -> None:
+    """Classes with enough images get their own levels; the others are named in a warning."""
+    options = replace(
+        tiny_options, alpha=0.4, has_class_thresholds=True, abstain_alpha=0.6, guarantee="conformal"
+    )
+    loaded = run(options, tmp_path)
+    bundle, classes = loaded.bundle, loaded.calibration_classes
+    assert bundle.class_thresholds is not None
+    assert classes is not None
+    counts = np.bincount(classes, minlength=10)
+    # floor(0.4 (n + 1)) reaches 5 from n = 12 on.
+    expected = {index for index in range(10) if counts[index] >= 12}
+
+    assert {row.index for row in bundle.class_thresholds} == expected
+    for row in bundle.class_thresholds:
+        own = loaded.calibration_scores[classes == row.index]
+        assert row.label == bundle.labels[row.index]
+        assert row.threshold.value == own[row.threshold.k - 1]
+        assert row.abstain is not None
+        assert row.abstain.value >= row.threshold.value
+    assert bundle.abstain is not None
+    assert bundle.abstain.alpha == 0.6
+    assert any(
+        f"{10 - len(expected)} of 10 classes have too few" in text for text in bundle.warnings
+    )
+    loaded.detector()
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
@@ -286,6 +350,12 @@ def test_a_pac_threshold(tiny_options: CalibrationOptions, tmp_path: Path) -> No
         ({"alpha": 1.0}, "alpha is 1.0; it must lie between 0 and 1"),
         ({"alpha": -0.1}, "alpha is -0.1; it must lie"),
         ({"alpha": float("nan")}, "alpha is nan; it must lie"),
+        ({"abstain_alpha": 0.2}, "abstain alpha is 0.2; it must lie between alpha, 0.2, and 1"),
+        ({"abstain_alpha": 1.0}, "abstain alpha is 1.0; it must lie between"),
+        (
+            {"architecture": NO_HEAD, "score": "selected_norm_energy"},
+            "PooledConvolutions does not end in one linear layer",
+        ),
         ({"alpha": float("inf")}, "alpha is inf; it must lie"),
         ({"guarantee": "pac", "delta": 0.0}, "delta is 0.0; it must lie"),
         ({"guarantee": "pac", "delta": 1.0}, "delta is 1.0; it must lie"),

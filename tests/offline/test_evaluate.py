@@ -1,85 +1,22 @@
-"""Evaluation: the metrics by hand, the promise on real data."""
+"""Evaluation: what it reports, and the promise on real data."""
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from app.core.images import load
 from app.errors import CalibrationError
-from app.offline.calibrate import CalibrationOptions
-from app.offline.evaluate import auroc, evaluate, fpr95
+from app.offline.calibrate import CalibrationOptions, calibrate
+from app.offline.evaluate import evaluate
+from app.offline.methods import FITTED
 from app.store import Store
 from benchmarks.datasets import ROOT, cifar10_split, unpack
 from tests.conftest import IMAGES, draw_images, silent
 from tests.pictures import jpeg
-
-
-def wide(scores: Sequence[float]) -> NDArray[np.float64]:
-    """Scores as the metrics take them."""
-    return np.asarray(scores, dtype=np.float64)
-
-
-@pytest.mark.parametrize(
-    ("inside", "outside", "expected"),
-    [
-        ([2, 3], [0, 1], 1.0),
-        ([0, 1], [2, 3], 0.0),
-        ([1, 3], [0, 2], 0.75),
-        ([1, 1], [1, 1, 1], 0.5),
-        ([1, 2], [1, 0], 0.875),
-        ([5], [5, 4, 4, 6], 0.625),
-    ],
-)
-def test_auroc_by_hand(inside: Sequence[float], outside: Sequence[float], expected: float) -> None:
-    """The share of pairs in which ID scores higher, a tie counting half."""
-    assert auroc(wide(inside), wide(outside)) == pytest.approx(expected, abs=1e-12)
-
-
-def test_auroc_is_the_share_of_pairs() -> None:
-    """On many scores with ties it is the mean over all pairs."""
-    generator = np.random.default_rng(0)
-    inside = generator.integers(3, 13, 200).astype(np.float64)
-    outside = generator.integers(0, 10, 300).astype(np.float64)
-    difference = inside[:, None] - outside[None]
-
-    assert auroc(inside, outside) == pytest.approx(
-        np.mean((difference > 0) + 0.5 * (difference == 0)), abs=1e-12
-    )
-
-
-@pytest.mark.parametrize(
-    ("inside", "outside", "expected"),
-    [
-        # Of 1..20 the highest threshold that keeps 19 is 2.
-        (range(1, 21), [1.9, 2, 2.1, 0], 0.5),
-        (range(1, 21), [0, 1], 0.0),
-        (range(1, 21), [30, 40], 1.0),
-        # Of 10 images 95 % are kept only when all 10 are.
-        (range(1, 11), [0.5, 1, 1.5, 9], 0.75),
-        # Ties at the threshold are all kept, ID and OOD.
-        ([1] * 19 + [2], [1, 1, 0, 2], 0.75),
-        ([7], [7, 6], 0.5),
-    ],
-)
-def test_fpr95_by_hand(inside: Sequence[float], outside: Sequence[float], expected: float) -> None:
-    """The share of OOD at or above the highest threshold that keeps 95 % of ID."""
-    assert fpr95(wide(inside), wide(outside)) == expected
-
-
-def test_fpr95_takes_id_as_positive() -> None:
-    """As in the paper: a few low ID scores cost nothing, a few high OOD scores count as such.
-
-    With OOD as positive (OpenOOD) the same scores would give 1.0: to catch 95 % of the OOD
-    images the threshold has to lie above every ID image.
-    """
-    inside, outside = wide([0] * 5 + [10] * 95), wide([1] * 90 + [20] * 10)
-
-    assert fpr95(inside, outside) == 0.1
 
 
 def test_what_an_evaluation_reports(tiny_store: Store, tiny_options: CalibrationOptions) -> None:
@@ -185,6 +122,98 @@ def test_a_missing_ood_folder_is_named(
         )
 
 
+def test_methods_fitted_on_training_images(
+    tiny_store: Store, tiny_options: CalibrationOptions
+) -> None:
+    """With training images every method is there; without them the fitted ones say why not."""
+    folders: dict[str, Any] = {
+        "id_images": tiny_options.threshold_images,
+        "ood_images": {"drawn": tiny_options.selection_images},
+    }
+    loaded = tiny_store.load("tiny")
+
+    fitted = evaluate(
+        loaded, **folders, training_images=tiny_options.selection_images, progress=silent
+    )
+    unfitted = evaluate(loaded, **folders, progress=silent, with_odin=False)
+
+    assert fitted.training_images == IMAGES
+    assert fitted.left_out == {}
+    assert set(fitted.results) - set(unfitted.results) == {*FITTED, "odin", "selected_norm_odin"}
+    assert {unfitted.left_out[name] for name in FITTED} == {"no training images were given"}
+
+
+def test_averages_and_groups(tiny_store: Store, tiny_options: CalibrationOptions) -> None:
+    """Means are over all data sets and over those called near or far; intervals hold them."""
+    ood = {
+        "one": tiny_options.selection_images,
+        "two": tiny_options.threshold_images,
+        "three": tiny_options.selection_images,
+    }
+    evaluation = evaluate(
+        tiny_store.load("tiny"),
+        id_images=tiny_options.threshold_images,
+        ood_images=ood,
+        groups={"two": "near", "three": "far"},
+        progress=silent,
+        with_odin=False,
+    )
+
+    for method, averages in evaluation.averages.items():
+        results = evaluation.results[method]
+        mean = sum(results[name].auroc for name in ood) / 3
+        assert averages["all"].auroc == pytest.approx(mean)
+        assert averages["near"].auroc == pytest.approx(results["two"].auroc)
+        assert averages["far"].fpr95 == pytest.approx(results["three"].fpr95)
+        low, high = averages["all"].intervals["auroc"]
+        assert 0 <= low <= averages["all"].auroc <= high <= 1
+    assert evaluation.groups == {"two": "near", "three": "far"}
+
+
+def test_every_block_and_the_oracle(tiny_store: Store, tiny_options: CalibrationOptions) -> None:
+    """FeatureNorm is measured at every block; the selected one's row is the method's."""
+    loaded = tiny_store.load("tiny")
+    evaluation = evaluate(
+        loaded,
+        id_images=tiny_options.threshold_images,
+        ood_images={"drawn": tiny_options.selection_images},
+        progress=silent,
+        with_odin=False,
+    )
+
+    names = [row.block for row in loaded.bundle.norm_ratios.blocks]
+    assert list(evaluation.blocks) == names
+    own = evaluation.blocks[loaded.bundle.block]["drawn"]
+    assert own == evaluation.results["feature_norm"]["drawn"]
+    best = max(names, key=lambda name: evaluation.blocks[name]["all"].auroc)
+    assert evaluation.oracle_block == best
+
+
+def test_the_paper_s_conventions(
+    tiny_store: Store, tiny_options: CalibrationOptions, tmp_path: Path
+) -> None:
+    """The block is selected with a zero edge, as a calibration with that edge selects it."""
+    zero = Store(tmp_path)
+    expected = calibrate(replace(tiny_options, edge="zero"), zero, progress=silent).bundle
+    folders: dict[str, Any] = {
+        "id_images": tiny_options.threshold_images,
+        "ood_images": {"drawn": tiny_options.selection_images},
+        "progress": silent,
+        "is_paper": True,
+        "with_odin": False,
+    }
+
+    anew = evaluate(
+        tiny_store.load("tiny"), **folders, training_images=tiny_options.selection_images
+    )
+    own = evaluate(zero.load("tiny"), **folders)
+
+    assert anew.block == own.block == expected.block
+    assert anew.results["feature_norm"] == own.results["feature_norm"]
+    with pytest.raises(CalibrationError, match="calibrated with edge keep"):
+        evaluate(tiny_store.load("tiny"), **folders)
+
+
 @pytest.mark.slow
 def test_the_bundled_model_keeps_its_promise() -> None:
     """On CIFAR-10's test images the false alarms are as promised, and SVHN is told apart.
@@ -198,7 +227,13 @@ def test_the_bundled_model_keeps_its_promise() -> None:
     loaded = Store(ROOT / "model_store").load("cifar10-resnet18")
 
     evaluation = evaluate(
-        loaded, id_images=test_images, ood_images={"svhn": svhn}, progress=silent, codec="jpeg75"
+        loaded,
+        id_images=test_images,
+        ood_images={"svhn": svhn},
+        progress=silent,
+        codec="jpeg75",
+        with_odin=False,
+        resamples=20,
     )
 
     low, high = evaluation.false_alarms_promised

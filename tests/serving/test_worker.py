@@ -58,6 +58,8 @@ class OneDetector:
             scores=ones,
             p_values=ones.astype(np.float64),
             is_ood=ones.astype(np.bool_),
+            is_uncertain=np.zeros(count, dtype=np.bool_),
+            thresholds=ones,
         )
 
 
