@@ -88,7 +88,7 @@ class GateResult:
     """The verdict on one image; true where the image may pass.
 
     Args:
-        verdict: ``id`` or ``ood``.
+        verdict: ``id``, ``ood``, or ``uncertain`` where the model knows that; it may pass.
         feature_norm: FeatureNorm of the selected block.
         score: compared with the threshold; high means in-distribution.
         threshold: of the model that answered.
@@ -99,7 +99,7 @@ class GateResult:
         filename: of the image that was sent; ``None`` for bytes.
     """
 
-    verdict: Literal["id", "ood"]
+    verdict: Literal["id", "uncertain", "ood"]
     feature_norm: float
     score: float
     threshold: float
@@ -442,11 +442,14 @@ def _parse_gate(response: httpx.Response, filename: str | None) -> GateResult:
     )
 
 
+_VERDICTS: Final = ("id", "uncertain", "ood")
+
+
 def _judged(
     found: Mapping[str, Any], response: httpx.Response, filename: str | None
 ) -> dict[str, Any]:
-    if found["verdict"] not in ("id", "ood"):
-        raise ValueError(f"verdict is {found['verdict']!r}; it must be 'id' or 'ood'")
+    if found["verdict"] not in _VERDICTS:
+        raise ValueError(f"verdict is {found['verdict']!r}; it must be one of {_VERDICTS}")
     numbers = ("feature_norm", "score", "threshold", "p_value")
     return {
         "verdict": found["verdict"],

@@ -31,17 +31,19 @@ from app.settings import Settings
 HEADER_PREFIX: Final = "x-normgate-"
 _NO_VERDICT: Final = (ImageError, BusyError, NotReadyError, DeadlineExceededError, ForwardError)
 """What keeps an image from being judged; other errors are the client's, and never let it pass."""
+_ODDEST_FIRST: Final = ("ood", "uncertain", "id")
 _LONGEST_LINE: Final = 200
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of a request's images: of the one with the lowest score, if there are several.
+    """What is known of a request's images: of the oddest one, if there are several.
 
-    ``none``: there are no images. ``unknown``: they could not be judged.
+    ``uncertain`` images pass, and say so. ``none``: there are no images. ``unknown``: they could
+    not be judged.
     """
 
-    name: Literal["id", "ood", "none", "unknown"]
+    name: Literal["id", "uncertain", "ood", "none", "unknown"]
     details: Mapping[str, str]
 
     @property
@@ -150,7 +152,7 @@ class Gatekeeper:
         )
         describe_results(request, loaded, results)
         detections = [result for result in results if isinstance(result, Detection)]
-        lowest = min(detections, key=lambda detection: detection.score, default=None)
+        lowest = min(detections, key=_rank, default=None)
         if lowest is None or not lowest.is_ood:
             for result in results:
                 if isinstance(result, ImageError):
@@ -166,13 +168,18 @@ async def _gatekeeper(service: ServiceOf, settings: SettingsOf, metrics: Metrics
 GatekeeperOf = Annotated[Gatekeeper, Depends(_gatekeeper)]
 
 
+def _rank(detection: Detection) -> tuple[int, float]:
+    """The oddest image first: by verdict, then by score."""
+    return _ODDEST_FIRST.index(detection.verdict), detection.score
+
+
 def _verdict(detection: Detection, model: LoadedModel) -> Verdict:
     bundle = model.bundle
     return Verdict(
-        "ood" if detection.is_ood else "id",
+        detection.verdict,
         {
             "score": str(detection.score),
-            "threshold": str(bundle.threshold.value),
+            "threshold": str(detection.threshold),
             "p-value": str(detection.p_value),
             "feature-norm": str(detection.feature_norm),
             "model": bundle.name,

@@ -19,7 +19,7 @@ class ImageResult(BaseModel):
     """The verdict on one image, or why there is none."""
 
     filename: str | None = Field(None, description="As the form named it.", examples=["cat.jpg"])
-    verdict: Literal["id", "ood"] | None = None
+    verdict: Literal["id", "uncertain", "ood"] | None = None
     feature_norm: float | None = Field(None, description="FeatureNorm of the selected block.")
     score: float | None = Field(None, description="Compared with the threshold; high means ID.")
     threshold: float | None = None

@@ -236,7 +236,6 @@ def output_tensors(
     detections: Sequence[Detection],
     names: Iterable[OutputName],
     *,
-    threshold: float,
     labels: Sequence[str],
     top_k: int,
 ) -> list[OutputTensor]:
@@ -245,16 +244,15 @@ def output_tensors(
     Args:
         detections: of ``N`` images, with logits where ``names`` has any of ``OF_THE_LOGITS``.
         names: the outputs that are wanted.
-        threshold: below it an image is out-of-distribution.
         labels: one a class.
         top_k: columns of label, probability and index; at most one a class.
     """
     wanted = list(names)
     columns: dict[OutputName, NDArray[Any]] = {
-        "verdict": np.array(["ood" if one.is_ood else "id" for one in detections]),
+        "verdict": np.array([one.verdict for one in detections]),
         "score": np.array([one.score for one in detections], np.float32),
         "feature_norm": np.array([one.feature_norm for one in detections], np.float32),
-        "threshold": np.full(len(detections), threshold, np.float32),
+        "threshold": np.array([one.threshold for one in detections], np.float32),
         "p_value": np.array([one.p_value for one in detections], np.float64),
     }
     if OF_THE_LOGITS.intersection(wanted):

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from app.core.detector import Verdict
 from app.serving.stages import STAGES, Interval, Stage, intervals
 from app.store import Bundle
 
@@ -28,6 +29,8 @@ RejectReason = Literal[
 ]
 REJECT_REASONS: Final[tuple[RejectReason, ...]] = get_args(RejectReason)
 
+VERDICTS: Final[tuple[Verdict, ...]] = get_args(Verdict)
+
 _RATIO_BUCKETS: Final = (
     *(0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0),
     *(1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0, 3.0, 5.0),
@@ -43,42 +46,34 @@ _SIZE_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 class ScoreMetrics:
     """The series of one model version, bound once so that an image costs no look-up."""
 
-    def __init__(
-        self, families: "ScoreFamilies", *, model: str, version: int, threshold: float
-    ) -> None:
+    def __init__(self, families: "ScoreFamilies", *, model: str, version: int) -> None:
         labels = (model, str(version))
-        self._threshold = threshold
-        self._images = {
-            is_ood: families.images.labels(*labels, "ood" if is_ood else "id")
-            for is_ood in (False, True)
-        }
+        self._images = {verdict: families.images.labels(*labels, verdict) for verdict in VERDICTS}
         self._score_ratio = families.score_ratio.labels(*labels)
         self._p_value = families.p_value.labels(*labels)
 
-    def observe(self, *, score: float, p_value: float, is_ood: bool) -> None:
+    def observe(self, *, score: float, threshold: float, p_value: float, verdict: Verdict) -> None:
         """Count one scored image."""
-        self._images[is_ood].inc()
+        self._images[verdict].inc()
         # A threshold of zero or below has no meaningful ratio; the p-value tells the same.
-        if self._threshold > 0:
-            self._score_ratio.observe(score / self._threshold)
+        if threshold > 0:
+            self._score_ratio.observe(score / threshold)
         self._p_value.observe(p_value)
 
 
 class ShadowMetrics(ScoreMetrics):
     """The series of a version that looks on, and how often it disagrees."""
 
-    def __init__(self, metrics: "Metrics", *, model: str, version: int, threshold: float) -> None:
-        super().__init__(metrics.shadow_scores, model=model, version=version, threshold=threshold)
+    def __init__(self, metrics: "Metrics", *, model: str, version: int) -> None:
+        super().__init__(metrics.shadow_scores, model=model, version=version)
         self._disagreements = {
-            is_ood: metrics.shadow_disagreements.labels(
-                model, str(version), "ood" if is_ood else "id"
-            )
-            for is_ood in (False, True)
+            verdict: metrics.shadow_disagreements.labels(model, str(version), verdict)
+            for verdict in VERDICTS
         }
 
-    def disagree(self, *, is_ood: bool) -> None:
-        """Count one image of which the active version thought otherwise."""
-        self._disagreements[is_ood].inc()
+    def disagree(self, verdict: Verdict) -> None:
+        """Count one image that this version finds ``verdict`` and the active one does not."""
+        self._disagreements[verdict].inc()
 
 
 class ScoreFamilies:

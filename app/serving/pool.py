@@ -258,7 +258,6 @@ class ModelPool:
                 self._metrics,
                 model=name,
                 version=version,
-                threshold=loaded.bundle.threshold.value,
             )
             self._put(name, replace(model, shadow=Shadow(loaded, share, metrics)))
         logger.info("shadow started", model=name, version=version, share=share)
@@ -393,7 +392,6 @@ class ModelPool:
                 self._metrics.scores,
                 model=name,
                 version=version,
-                threshold=bundle.threshold.value,
             ),
         )
 

@@ -16,7 +16,7 @@ from app.serving.batcher import Batcher, DropReason
 from app.serving.budget import MemoryBudget
 from app.serving.decoding import Decoders
 from app.serving.lag import LoopLag
-from app.serving.metrics import Metrics
+from app.serving.metrics import Metrics, ScoreMetrics
 from app.serving.pool import LoadedModel, ModelPool, Shadow, VersionState
 from app.serving.statistics import Step
 from app.serving.worker import Detection, ImageBatcher, Work, Worker, compute_on, device_names
@@ -215,9 +215,7 @@ class ScoringService:
                     Work(model, is_gate=gate), ready, deadline=deadline, places=places
                 )
         for detection in detections:
-            model.metrics.observe(
-                score=detection.score, p_value=detection.p_value, is_ood=detection.is_ood
-            )
+            _count(detection, model.metrics)
         self._show_to_shadow(model, images, detections)
         found = iter(detections)
         return [
@@ -303,9 +301,9 @@ class ScoringService:
         except (ImageError, ServingError):
             self._metrics.shadow_dropped.inc()
             return
-        shadow.metrics.observe(score=found.score, p_value=found.p_value, is_ood=found.is_ood)
-        if found.is_ood != detection.is_ood:
-            shadow.metrics.disagree(is_ood=found.is_ood)
+        _count(found, shadow.metrics)
+        if found.verdict != detection.verdict:
+            shadow.metrics.disagree(found.verdict)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         # The loop keeps only weak references to tasks.
@@ -315,3 +313,12 @@ class ScoringService:
 
     def _count_dropped(self, reason: DropReason, count: int) -> None:
         self._metrics.reject("abandoned" if reason == "abandoned" else "deadline", count)
+
+
+def _count(detection: Detection, metrics: ScoreMetrics) -> None:
+    metrics.observe(
+        score=detection.score,
+        threshold=detection.threshold,
+        p_value=detection.p_value,
+        verdict=detection.verdict,
+    )

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from app.core.detector import Detections, Verdicts
+from app.core.detector import Detections, Verdict, Verdicts
 from app.errors import ForwardError, SettingsError
 from app.serving.batcher import Batch, Batcher
 from app.serving.metrics import Metrics
@@ -29,8 +29,15 @@ class Detection:
     feature_norm: float
     score: float
     p_value: float
-    is_ood: bool
+    verdict: Verdict
+    threshold: float
+    """The one the score was compared with."""
     logits: NDArray[np.float32] | None = None
+
+    @property
+    def is_ood(self) -> bool:
+        """Whether the classifier was not trained for images like this one."""
+        return self.verdict == "ood"
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,8 @@ def _each(verdicts: Verdicts) -> list[Detection]:
         verdicts.feature_norms.tolist(),
         verdicts.scores.tolist(),
         verdicts.p_values.tolist(),
-        verdicts.is_ood.tolist(),
+        verdicts.verdicts,
+        verdicts.thresholds.tolist(),
         logits,
         strict=True,
     )

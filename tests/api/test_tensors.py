@@ -316,21 +316,23 @@ DETECTIONS = [
         feature_norm=1.5,
         score=2.5,
         p_value=1 / 3,
-        is_ood=False,
+        verdict="id",
+        threshold=0.75,
     ),
     Detection(
         logits=np.log(np.array([6, 1, 1], np.float32)),
         feature_norm=0.25,
         score=0.5,
         p_value=0.125,
-        is_ood=True,
+        verdict="ood",
+        threshold=0.5,
     ),
 ]
 VALUES: Mapping[OutputName, list[Any]] = {
     "verdict": ["id", "ood"],
     "score": [2.5, 0.5],
     "feature_norm": [1.5, 0.25],
-    "threshold": [0.75, 0.75],
+    "threshold": [0.75, 0.5],
     "p_value": [1 / 3, 0.125],
     "label": [["été", "dog"], ["cat", "dog"]],
     "probability": [[0.625, 0.25], [0.75, 0.125]],
@@ -341,7 +343,7 @@ VALUES: Mapping[OutputName, list[Any]] = {
 
 def tensors(*names: OutputName, top_k: int = 2) -> list[OutputTensor]:
     """The tensors of ``DETECTIONS``."""
-    return output_tensors(DETECTIONS, names, threshold=0.75, labels=LABELS, top_k=top_k)
+    return output_tensors(DETECTIONS, names, labels=LABELS, top_k=top_k)
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
@@ -368,10 +370,14 @@ def test_top_k_beyond_the_classes() -> None:
 
 def test_verdicts_need_no_logits() -> None:
     """A detection of the network's first blocks has the outputs that need no class."""
-    gated = [Detection(logits=None, feature_norm=1, score=1, p_value=0.5, is_ood=False)]
-    [tensor] = output_tensors(gated, ["verdict"], threshold=1, labels=LABELS, top_k=1)
+    gated = [
+        Detection(
+            logits=None, feature_norm=1, score=1, p_value=0.5, verdict="uncertain", threshold=1
+        )
+    ]
+    [tensor] = output_tensors(gated, ["verdict"], labels=LABELS, top_k=1)
 
-    assert tensor.values.tolist() == ["id"]
+    assert tensor.values.tolist() == ["uncertain"]
 
 
 def test_json_response() -> None:

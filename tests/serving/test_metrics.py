@@ -30,9 +30,9 @@ def test_families() -> None:
 def test_observed_image() -> None:
     """One OOD image counts as such, with its ratio to the threshold and its p-value."""
     metrics = Metrics()
-    model = ScoreMetrics(metrics.scores, model="m", version=3, threshold=2.0)
+    model = ScoreMetrics(metrics.scores, model="m", version=3)
 
-    model.observe(score=1.0, p_value=0.03, is_ood=True)
+    model.observe(score=1.0, threshold=2.0, p_value=0.03, verdict="ood")
 
     labels = {"model": "m", "version": "3"}
     read = metrics.registry.get_sample_value
@@ -46,10 +46,10 @@ def test_observed_image() -> None:
 def test_a_shadow_has_families_of_its_own() -> None:
     """What a shadow sees counts in no family of the versions that answer."""
     metrics = Metrics()
-    shadow = ShadowMetrics(metrics, model="m", version=4, threshold=2.0)
+    shadow = ShadowMetrics(metrics, model="m", version=4)
 
-    shadow.observe(score=3.0, p_value=0.5, is_ood=False)
-    shadow.disagree(is_ood=False)
+    shadow.observe(score=3.0, threshold=2.0, p_value=0.5, verdict="id")
+    shadow.disagree("id")
 
     labels = {"model": "m", "version": "4", "verdict": "id"}
     read = metrics.registry.get_sample_value

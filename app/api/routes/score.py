@@ -100,10 +100,10 @@ def _as_json(
         return {"filename": upload.filename} | nothing | {"predictions": [], "error": str(result)}
     return {
         "filename": upload.filename,
-        "verdict": "ood" if result.is_ood else "id",
+        "verdict": result.verdict,
         "feature_norm": result.feature_norm,
         "score": result.score,
-        "threshold": model.bundle.threshold.value,
+        "threshold": result.threshold,
         "p_value": result.p_value,
         "predictions": _top_predictions(_logits(result), model.bundle.labels, top_k=top_k),
         "error": None,

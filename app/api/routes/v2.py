@@ -334,7 +334,6 @@ def _write(
     tensors = output_tensors(
         detections,
         asked.is_binary,
-        threshold=bundle.threshold.value,
         labels=bundle.labels,
         top_k=asked.top_k,
     )
