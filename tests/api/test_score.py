@@ -1,13 +1,19 @@
 """``POST /v1/score``: the answer's form, and one fitting status for each bad request."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 
 from app.core.images import load
+from app.main import create_app
+from app.offline.calibrate import CalibrationOptions, calibrate
+from app.settings import Settings
 from app.store import Store
-from tests.api.conftest import STORE
+from tests.api.conftest import STORE, wait_until_ready
+from tests.conftest import silent
 from tests.pictures import encoded, huge_png_header, jpeg
 
 FORM_ERRORS: Mapping[str, str] = {
@@ -165,3 +171,29 @@ def test_openapi_describes_the_bodies(client: TestClient) -> None:
     assert {"200", "400", "404", "413", "415", "422", "429", "503", "504"} <= set(
         operation["responses"]
     )
+
+
+def test_uncertain_images(tiny_options: CalibrationOptions, tmp_path: Path) -> None:
+    """A bundle with a second level answers with the third verdict, on every route alike."""
+    options = replace(tiny_options, name="unsure", alpha=0.2, abstain_alpha=0.8)
+    store = Store(tmp_path)
+    calibrate(options, store, progress=silent)
+    loaded = store.load("unsure")
+    files = [jpeg(seed) for seed in range(24)]
+    offline = [
+        loaded.detector().detect(load(data, loaded.bundle.preprocessing)[None]).verdicts[0]
+        for data in files
+    ]
+    assert set(offline) == {"id", "uncertain", "ood"}
+
+    with TestClient(create_app(Settings(model_store=tmp_path))) as client:
+        wait_until_ready(client)
+        scored = [client.post("/v1/score", content=data).json()["results"][0] for data in files]
+        gated = [client.post("/v1/gate", content=data) for data in files]
+        metrics = client.get("/metrics").text
+
+    assert [one["verdict"] for one in scored] == offline
+    assert [one.headers["x-normgate-verdict"] for one in gated] == offline
+    assert {one.status_code for one in gated if one.headers["x-normgate-verdict"] != "ood"} == {200}
+    counted = 'normgate_images_total{model="unsure",verdict="uncertain",version="1"}'
+    assert f"{counted} {2.0 * offline.count('uncertain')}" in metrics
