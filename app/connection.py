@@ -12,6 +12,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 MAX_HEAD_BYTES: Final = 64 * 2**10
+_MAX_OFFERS: Final = 32
+"""To upgrade, in what is read at once; each costs another pass over the rest of it."""
 
 
 class _HeadTooLargeError(Exception):
@@ -90,14 +92,18 @@ class Connection(HttpToolsProtocol):
             super().on_message_complete()
 
     def _feed(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            # The parser takes what follows for another protocol's; a new one is told of no offer.
-            head = self._head_without_offer()
-            self.parser = httptools.HttpRequestParser(self)
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
-            self._feed(head + data[upgrade.args[0] :])
+        for _ in range(_MAX_OFFERS):
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                # The parser takes what follows for another protocol's; a new one is told of no
+                # offer.
+                data = self._head_without_offer() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            else:
+                return
+        raise httptools.HttpParserError("too many offers to upgrade in one packet")
 
     def _head_without_offer(self) -> bytes:
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()

@@ -59,12 +59,13 @@ def create_app(
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        await starting
+        await asyncio.wait([starting])
         await asyncio.to_thread(service.stop)
         if upstream is not None:
             await upstream.aclose()
         if tracing is not None:
             await asyncio.to_thread(tracing.stop)
+        await starting  # its failure, where nobody was told of it
 
     app = FastAPI(
         title="NormGate",

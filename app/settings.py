@@ -13,12 +13,9 @@ from app.errors import SettingsError
 PREFIX: Final = "NORMGATE_"
 _NOT_SETTINGS: Final = frozenset({"NORMGATE_DATA"})
 """Read by the benchmarks and tests, which may share their environment with a server."""
-
-
 _SECRETS: Final = frozenset({"api_keys", "admin_token"})
 DECODED_BYTES_PER_PIXEL: Final = 16
-"""Most that decoding holds for each pixel: two canvases and two copies of a WebP, four bytes each.
-"""
+"""Most that decoding holds for a pixel: two canvases and two copies of a WebP, 4 bytes each."""
 
 
 class Settings(BaseSettings):

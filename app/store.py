@@ -425,12 +425,12 @@ def _check_calibration(bundle: Bundle, scores: NDArray[np.float32]) -> None:
             f"{scores.dtype} {scores.shape}"
         )
     is_sorted = not (np.diff(scores) < 0).any()
-    # A slice: k may lie beyond the scores.
-    if not is_sorted or scores[threshold.k - 1 : threshold.k].tolist() != [threshold.value]:
-        raise BundleError(
-            f"{_title(bundle)}: threshold {threshold.value} is not number {threshold.k} of its "
-            "sorted calibration scores"
-        )
+    for level in filter(None, (threshold, bundle.abstain)):
+        if not is_sorted or not _is_level_of(scores, level):
+            raise BundleError(
+                f"{_title(bundle)}: threshold {level.value} is not number {level.k} of its "
+                "sorted calibration scores"
+            )
 
 
 def _check_classes(
@@ -444,12 +444,18 @@ def _check_classes(
             f"each of its {len(scores)} calibration scores"
         )
     for row in bundle.class_thresholds:
-        own, k = scores[classes == row.index], row.threshold.k
-        if len(own) != row.threshold.n or own[k - 1 : k].tolist() != [row.threshold.value]:
-            raise BundleError(
-                f"{_title(bundle)}: threshold {row.threshold.value} of class {row.label} is not "
-                f"number {k} of the {row.threshold.n} calibration scores of that class"
-            )
+        own = scores[classes == row.index]
+        for level in filter(None, (row.threshold, row.abstain)):
+            if not _is_level_of(own, level):
+                raise BundleError(
+                    f"{_title(bundle)}: threshold {level.value} of class {row.label} is not "
+                    f"number {level.k} of the {level.n} calibration scores of that class"
+                )
+
+
+def _is_level_of(scores: NDArray[np.float32], level: Threshold) -> bool:
+    # A slice: k may lie beyond the scores.
+    return len(scores) == level.n and scores[level.k - 1 : level.k].tolist() == [level.value]
 
 
 def _write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -109,6 +109,18 @@ def test_an_offer_of_another_protocol_is_declined(
     assert found == [b"POST /a 4 headers, body abc", b"GET /z 1 headers, body "]
 
 
+def test_a_packet_full_of_offers(client: socket.socket, address: tuple[str, int]) -> None:
+    """Thousands of offers in one packet end the connection; the others are answered."""
+    client.sendall(4000 * (b"GET /z HTTP/1.1\r\n" + H2C + b"\r\n"))
+    with suppress(ConnectionResetError):
+        received(client)
+
+    with socket.create_connection(address, WITHIN_S) as another:
+        assert answers(another, b"GET /z HTTP/1.1\r\nConnection: close\r\n\r\n") == [
+            b"GET /z 1 headers, body "
+        ]
+
+
 @pytest.mark.parametrize(
     "packet",
     [

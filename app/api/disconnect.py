@@ -22,11 +22,12 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result
     task = asyncio.current_task()
     assert task is not None, "a request is answered in a task"
     watching = asyncio.ensure_future(_disconnected(request))
-    is_gone = False
+    is_gone = is_over = False
 
     def cancel(watching: "asyncio.Task[None]") -> None:
         nonlocal is_gone
-        if not watching.cancelled():
+        # It may have been due already when the work ended.
+        if not is_over and not watching.cancelled():
             is_gone = True
             task.cancel()
 
@@ -39,7 +40,7 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result
             raise ClientDisconnect from None
         raise
     finally:
-        watching.remove_done_callback(cancel)
+        is_over = True
         watching.cancel()
 
 

@@ -8,13 +8,14 @@ from starlette.types import Receive, Scope, Send
 from app.api.deadline import deadline_of
 from app.api.problems import encode_problem
 from app.api.request_id import HEADER, request_id_of
-from app.errors import MalformedRequestError, QueueFullError
+from app.errors import MalformedRequestError, NotReadyError, QueueFullError
 from app.serving.metrics import Metrics
 from app.serving.service import ScoringService
 from app.settings import Settings
 
 _WITH_BODY: Final = ("POST", "PUT")
 _STATUS: Final = 429
+_PROXY: Final = "/v1/proxy/"
 
 
 class Door:
@@ -40,25 +41,27 @@ class Door:
             scope["type"] == "http"
             and scope["method"] in _WITH_BODY
             and scope["path"].startswith(self._paths)
-            and not self._is_cross_origin(scope)
+            and not self._is_exempt(scope)
             and (refusal := self._refusal(scope))
         ):
             await self._refuse(refusal, scope, send)
         else:
             await self._app(scope, receive, send)
 
-    def _is_cross_origin(self, scope: Scope) -> bool:
+    def _is_exempt(self, scope: Scope) -> bool:
+        headers = dict(scope["headers"])
         # A script may read only what says so, and the door does not know how.
-        return bool(self._settings.cors_origins) and any(
-            name == b"origin" for name, _ in scope["headers"]
-        )
+        is_cross_origin = bool(self._settings.cors_origins) and b"origin" in headers
+        # The proxy passes on what has no body, and needs no room for it.
+        has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+        return is_cross_origin or (not has_body and scope["path"].startswith(_PROXY))
 
     def _refusal(self, scope: Scope) -> QueueFullError | None:
         try:
             self._service.check_room(deadline=deadline_of(scope, self._settings))
         except QueueFullError as error:
             return error
-        except MalformedRequestError:
+        except (MalformedRequestError, NotReadyError):
             return None  # for the route to say
         return None
 
@@ -81,4 +84,4 @@ class Door:
 def _scoring_paths(settings: Settings) -> tuple[str, ...]:
     always = ("/v1/score", "/v2/models/")
     # An open gate lets images pass that nobody has room for: only its own route knows how.
-    return (*always, "/v1/gate", "/v1/proxy/") if settings.gate_on_failure == "closed" else always
+    return (*always, "/v1/gate", _PROXY) if settings.gate_on_failure == "closed" else always

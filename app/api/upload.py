@@ -53,7 +53,7 @@ async def files_in(headers: Headers, body: bytes) -> list[bytes]:
     if len(headers.getlist("content-type")) > 1:
         # An image can be a form's preamble: the other service might read the other header.
         raise MalformedRequestError("the request has several Content-Type headers")
-    coding = headers.get("content-encoding", "identity")
+    coding = ", ".join(headers.getlist("content-encoding")) or "identity"
     if coding.lower() != "identity":
         raise UnsupportedImageError(f"content encoding is {coding!r}; send the image as it is")
     if not _is_form(headers):

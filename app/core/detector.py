@@ -199,7 +199,10 @@ class Detector:
             if uncertain_below is not None and levels.uncertain_below is not None:
                 uncertain_below = _own_or(levels.uncertain_below[classes], uncertain_below)
             self._within_classes(values, scores, classes)
-        is_ood = scores < thresholds
+        # A network that overflows on an image was not trained for images like it.
+        is_finite = np.isfinite(scores)
+        values[~is_finite] = 1 / (self._calibration_scores.size + 1)
+        is_ood = ~is_finite | (scores < thresholds)
         return Verdicts(
             feature_norms=evidence.feature_norms.cpu().numpy(),
             scores=scores,

@@ -14,6 +14,7 @@ Errors::
 
 import hashlib
 import io
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -51,7 +52,10 @@ MAX_READS: Final = 100_000
 """Pieces that a file is read in: Pillow walks from segment to segment, some microseconds each."""
 REFERENCE_JPEG: Final = Path(__file__).with_name("reference.jpg")
 
-_START_OF_SCAN: Final = b"\xff\xda"
+# ITU T.81, B.1.1: 0xff and another byte that is no stuffing, no restart and stands alone.
+_MARKER: Final = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)
+_START_OF_SCAN: Final = b"\xda"
+_END_OF_IMAGE: Final = b"\xd9"
 _STRIP_PIXELS: Final = 2**20
 
 # What Pillow and its plugins raise on hostile bytes, beside its documented OSError.
@@ -277,8 +281,7 @@ def _sniff(data: bytes) -> str:
 
 
 def _check_scans(data: bytes, header: ImageHeader, *, max_scans: int, max_pixels: int) -> None:
-    # Entropy-coded data never holds these two bytes: a marker's 0xff is stuffed there.
-    scans = data.count(_START_OF_SCAN)
+    scans = _count_scans(data)
     if scans > max_scans:
         raise ImageTooLargeError(f"JPEG has {scans} scans; the limit is {max_scans}")
     # Each scan may visit every pixel, and a blank one takes no more than a few bytes.
@@ -287,6 +290,15 @@ def _check_scans(data: bytes, header: ImageHeader, *, max_scans: int, max_pixels
             f"JPEG has {scans} scans of {header.pixels / 1e6:.1f} MP; the limit is "
             f"{SCANS_OF_LARGEST * max_pixels / 1e6:.0f} MP in all"
         )
+
+
+def _count_scans(data: bytes) -> int:
+    """Scans up to the end of the first image; cameras append more of them, and films."""
+    place, scans = 2, 0
+    while (marker := _MARKER.search(data, place)) and marker[1] != _END_OF_IMAGE:
+        scans += marker[1] == _START_OF_SCAN
+        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+    return scans
 
 
 def _open(data: bytes) -> Image.Image:

@@ -398,7 +398,8 @@ def _class_warnings(
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         yield (
             f"{len(others)} of {len(labels)} classes have too few threshold images and use the "
-            f"threshold for all: {named}{more}"
+            f"threshold for all: {named}{more}. The rate of false alarms over all classes may then "
+            f"exceed alpha; within a class that has its own threshold it does not"
         )
 
 

@@ -194,8 +194,8 @@ def _selection(bundle: Bundle) -> Iterator[Part]:
 def _threshold_sentence(threshold: Threshold) -> str:
     interval = threshold.false_alarm_rate
     promise = (
-        f"with {1 - (threshold.delta or 0):.0%} confidence at most {threshold.alpha:.2%} of ID "
-        "images score below it"
+        f"with {100 * (1 - (threshold.delta or 0)):g}% confidence at most {threshold.alpha:.2%} "
+        "of ID images score below it"
         if threshold.guarantee == "pac"
         else f"an ID image scores below it with probability at most {threshold.alpha:.2%}"
     )
@@ -210,7 +210,8 @@ def _class_thresholds(bundle: Bundle) -> Iterator[Part]:
     if bundle.abstain is not None:
         yield Paragraph(
             f"Scores from there up to {bundle.abstain.value:.6g} are called uncertain: at most "
-            f"{bundle.abstain.alpha:.2%} of ID images are called uncertain or OOD."
+            f"{bundle.abstain.alpha:.2%} of ID images are called uncertain or OOD, with the same "
+            "guarantee."
         )
     if bundle.class_thresholds is not None:
         yield Table(

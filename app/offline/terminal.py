@@ -171,8 +171,8 @@ def _console() -> Console:
 def _promise(threshold: Threshold) -> str:
     if threshold.guarantee == "pac":
         promise = (
-            f"with {1 - (threshold.delta or 0):.0%} confidence at most {threshold.alpha:.2%} of "
-            "ID images are false alarms"
+            f"with {100 * (1 - (threshold.delta or 0)):g}% confidence at most "
+            f"{threshold.alpha:.2%} of ID images are false alarms"
         )
     else:
         promise = f"an ID image is a false alarm with probability at most {threshold.alpha:.2%}"

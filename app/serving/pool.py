@@ -183,6 +183,11 @@ class ModelPool:
         model = self._models.get(name)
         return None if model is None else model.shadow
 
+    def shadow_of(self, model: LoadedModel) -> Shadow | None:
+        """The version that looks on while ``model`` answers, if there is one and it does."""
+        now = self._models.get(model.bundle.name)
+        return None if now is None or now.versions.get(now.active) is not model else now.shadow
+
     def state(self, name: str, version: int) -> VersionState:
         """What a version does now; ``stored`` when it is only known to the store, if that."""
         model = self._models.get(name)
@@ -295,10 +300,11 @@ class ModelPool:
             version = self._store.newest(name)
             if not self._is_new(name, version):
                 continue
-            self._search.newest[name] = version
-            # Noted where it happened, and told by the state.
-            with suppress(ActivationError):
+            # A failure is noted where it happened, and told by the state; a version that vanished
+            # meanwhile is no version.
+            with suppress(ActivationError, BundleNotFoundError):
                 self._welcome(name, version)
+            self._search.newest[name] = version
             found.append(self.state(name, version))
         return found
 

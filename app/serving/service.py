@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Coroutine, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from app.core.images import Preprocessing
-from app.errors import ImageError, NotReadyError, ServingError
+from app.errors import ForwardError, ImageError, NotReadyError, ServingError
 from app.serving.batcher import Batcher, DropReason
 from app.serving.budget import MemoryBudget
 from app.serving.decoding import Decoders
@@ -214,6 +215,8 @@ class ScoringService:
                 detections = await self._batcher.submit(
                     Work(model, is_gate=gate), ready, deadline=deadline, places=places
                 )
+        if not all(math.isfinite(detection.score) for detection in detections):
+            raise ForwardError("the network gave a score that is not finite")
         for detection in detections:
             _count(detection, model.metrics)
         self._show_to_shadow(model, images, detections)
@@ -272,31 +275,29 @@ class ScoringService:
         self, model: LoadedModel, images: Sequence[_Decoded], detections: Sequence[Detection]
     ) -> None:
         """Let the shadow of the active version score a share of its images, after the answer."""
-        shadow = self.models.shadow(model.bundle.name)
-        if shadow is None or model is not self.models.resolve(model.bundle.name):
+        shadow = self.models.shadow_of(model)
+        if shadow is None:
             return
+        is_alike = shadow.model.bundle.preprocessing == model.bundle.preprocessing
         scored = [image for image in images if isinstance(image.outcome, Tensor)]
         for image, detection in zip(scored, detections, strict=True):
             if random.random() >= shadow.share:
                 continue
             if len(self._background) >= _SHADOW_BATCHES * self._settings.max_batch_size:
                 self._metrics.shadow_dropped.inc()
-            else:
-                self._in_background(self._score_in_shadow(shadow, model, image, detection))
+                continue
+            source = image.outcome if is_alike else image.data
+            assert not isinstance(source, ImageError)
+            self._in_background(self._score_in_shadow(shadow, source, detection))
 
     async def _score_in_shadow(
-        self, shadow: Shadow, model: LoadedModel, image: _Decoded, detection: Detection
+        self, shadow: Shadow, source: Tensor | bytes, detection: Detection
     ) -> None:
-        preprocessing = shadow.model.bundle.preprocessing
         try:
-            prepared = image.outcome
-            if preprocessing != model.bundle.preprocessing:
-                prepared = await self._decoders.decode(
-                    image.data, preprocessing, deadline=float("inf")
-                )
-            assert isinstance(prepared, Tensor)
+            image = source if isinstance(source, Tensor) else await self._prepare(shadow, source)
+            del source  # a whole upload, which no budget counts any more
             [found] = await self._batcher.submit(
-                Work(shadow.model, is_gate=True), [prepared], is_background=True
+                Work(shadow.model, is_gate=True), [image], is_background=True
             )
         except (ImageError, ServingError):
             self._metrics.shadow_dropped.inc()
@@ -304,6 +305,12 @@ class ScoringService:
         _count(found, shadow.metrics)
         if found.verdict != detection.verdict:
             shadow.metrics.disagree(found.verdict)
+
+    async def _prepare(self, shadow: Shadow, data: bytes) -> Tensor:
+        preprocessing = shadow.model.bundle.preprocessing
+        deadline = time.monotonic() + self._settings.deadline_ms / 1000
+        with self.budget.held(len(data)):
+            return await self._decoders.decode(data, preprocessing, deadline=deadline)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         # The loop keeps only weak references to tasks.

@@ -142,7 +142,8 @@ def device_names(setting: str) -> Sequence[str]:
         raise SettingsError(
             f"NORMGATE_DEVICES names {', '.join(missing)}; this machine has {len(gpus)} GPUs"
         )
-    return names
+    # Two threads on one device would share its detectors.
+    return list(dict.fromkeys(names))
 
 
 def _cores() -> int:

@@ -321,3 +321,18 @@ def test_a_score_that_needs_a_head(network: nn.Module) -> None:
             threshold=0,
             calibration_scores=np.ones(1, np.float32),
         )
+
+
+def test_a_score_that_is_no_number_is_odd(network: nn.Module, detector: Detector) -> None:
+    """An image on which the network overflows is OOD, with the smallest p-value; no gate opens."""
+    images = pictures(2)
+    weight = network.get_parameter("conv1.weight")
+    before = weight.detach().clone()
+    try:
+        for value in (float("nan"), float("inf")):
+            weight.data.fill_(value)
+            verdicts = detector.judge(images)
+            assert verdicts.verdicts == ["ood", "ood"]
+            assert verdicts.p_values.tolist() == [1 / 100] * 2
+    finally:
+        weight.data.copy_(before)

@@ -528,3 +528,13 @@ def test_scans_times_pixels_are_bounded() -> None:
     assert read_header(usual, max_pixels=10_000).pixels == 10_000
     with pytest.raises(ImageTooLargeError, match=r"13 scans of 0\.0 MP; the limit is 0 MP in all"):
         read_header(hostile, max_pixels=10_000)
+
+
+def test_what_follows_the_image_is_no_scan() -> None:
+    """Cameras append previews and films: what lies behind the end, or in a segment, counts not."""
+    data = encode(picture(100, 100), "JPEG", progressive=True)
+    trailer = b"\xff\xda" * 1000
+    comment = b"\xff\xfe" + (2 + len(trailer)).to_bytes(2, "big") + trailer
+
+    assert read_header(data + trailer, max_pixels=10_000).width == 100
+    assert read_header(data[:2] + comment + data[2:], max_pixels=10_000).width == 100

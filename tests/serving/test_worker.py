@@ -204,3 +204,10 @@ def test_a_core_is_left_to_the_event_loop() -> None:
         assert torch.get_num_threads() >= 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_device_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads on one device would share its detectors."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    assert list(device_names("cuda,cuda:1,cuda:0")) == ["cuda:0", "cuda:1"]
