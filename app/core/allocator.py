@@ -9,6 +9,7 @@ from typing import Final
 _M_TRIM_THRESHOLD: Final = -1
 _M_TOP_PAD: Final = -2
 _M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
 _GIBIBYTE: Final = 2**30
 
 
@@ -26,6 +27,8 @@ def keep_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _GIBIBYTE) or mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(_M_TRIM_THRESHOLD, 2 * _GIBIBYTE - 1)
         mallopt(_M_TOP_PAD, _GIBIBYTE // 8)
+        # What one thread lets go another can use: kept memory is kept once.
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def return_memory() -> None:
