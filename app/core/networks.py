@@ -45,6 +45,7 @@ CIFAR_PREPROCESSING: Final = Preprocessing(
 IMAGENET_PREPROCESSING: Final = Preprocessing(
     resize=256, crop=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 )
+RESERVED_PREFIX: Final = "normgate."
 _LISTED_KEYS: Final = 5
 
 
@@ -97,13 +98,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            # A bundle's own weights file has more in it than weights.
+            weights = load_file(path)
+            return {key: value for key, value in weights.items() if not is_reserved(key)}
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise NetworkError(f"weights {path} cannot be read: {error}") from error
     except Exception as error:  # torch raises pickle.UnpicklingError with a page of advice
         raise NetworkError(f"weights {path} are not a plain state dict of tensors") from error
     return _unwrapped(content, path)
+
+
+def is_reserved(key: str) -> bool:
+    """Whether a bundle keeps something of its own under this key, beside the weights."""
+    return key.startswith(RESERVED_PREFIX)
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:

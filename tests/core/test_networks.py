@@ -249,3 +249,11 @@ def test_no_default_preprocessing(name: str) -> None:
     """For what is no classifier of torchvision there is nothing to look up."""
     with pytest.raises(NetworkError, match="is not one of torchvision's classifiers"):
         default_preprocessing(Architecture(id=f"torchvision/{name}"))
+
+
+def test_a_bundles_weights_can_be_calibrated_again(tmp_path: Path) -> None:
+    """What a bundle keeps beside the weights in their file is left out."""
+    file = tmp_path / "weights.safetensors"
+    save_file({"conv.weight": torch.ones(2), "normgate.calibration_scores": torch.ones(3)}, file)
+
+    assert list(read_weights(file)) == ["conv.weight"]
