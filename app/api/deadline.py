@@ -15,7 +15,6 @@ from app.settings import Settings
 
 HEADER: Final = "X-Request-Deadline-Ms"
 _RAW_HEADER: Final = HEADER.lower().encode()
-DESCRIPTION: Final = "Milliseconds until the answer is worth nothing; default and bound are set."
 
 
 def request_deadline(request: Request, settings: Settings) -> float:

@@ -97,10 +97,7 @@ def calibration_report(bundle: Bundle, scores: CalibrationScores) -> Document:
             "Scores of the threshold images; what lies left of the line would be a false alarm.",
         ),
         *_class_thresholds(bundle),
-        Heading("What is promised, and what is not"),
-        Bullets(_PROMISE),
-        Heading("Made from"),
-        _facts(bundle),
+        *_ending(bundle),
     )
     return document
 
@@ -129,12 +126,16 @@ def evaluation_report(scored: ScoredImages, evaluation: Evaluation) -> Document:
         *_selection(bundle),
         Heading("Examples at the tails"),
         *_examples(scored),
-        Heading("What is promised, and what is not"),
-        Bullets(_PROMISE),
-        Heading("Made from"),
-        _facts(bundle),
+        *_ending(bundle),
     )
     return document
+
+
+def _ending(bundle: Bundle) -> Iterator[Part]:
+    yield Heading("What is promised, and what is not")
+    yield Bullets(_PROMISE)
+    yield Heading("Made from")
+    yield _facts(bundle)
 
 
 def write_report(document: Document, folder: Path) -> None:

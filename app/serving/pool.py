@@ -7,7 +7,7 @@ they were before a change or as they are after it. A change that fails changes n
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
@@ -165,14 +165,6 @@ class ModelPool:
         """The loaded models."""
         return list(self._models)
 
-    def active_version(self, name: str) -> int:
-        """The version that answers when a request names none.
-
-        Raises:
-            BundleNotFoundError: no such model is loaded.
-        """
-        return self.resolve(name).bundle.version
-
     def loaded_versions(self, name: str) -> list[int]:
         """The versions a request may name, ascending."""
         model = self._models.get(name)
@@ -307,13 +299,6 @@ class ModelPool:
             self._search.newest[name] = version
             found.append(self.state(name, version))
         return found
-
-    def __bool__(self) -> bool:
-        return bool(self._models)
-
-    def __iter__(self) -> Iterator[LoadedModel]:
-        """The active version of every model."""
-        return iter([model.versions[model.active] for model in self._models.values()])
 
     def _is_new(self, name: str, version: int) -> bool:
         if failure := self._search.failures.get((name, version)):

@@ -100,7 +100,7 @@ def test_activation_and_the_way_back(model: Path) -> None:
     assert states(pool) == {1: "active", 2: "stored"}
 
     pool.activate("tiny")
-    assert pool.active_version("tiny") == 2
+    assert pool.resolve("tiny").bundle.version == 2
 
 
 def test_what_was_let_go_goes(model: Path) -> None:
@@ -167,7 +167,7 @@ def test_refresh_leaves_a_step_back_alone(model: Path) -> None:
     pool.activate("tiny", 1)
 
     assert pool.refresh() == []
-    assert pool.active_version("tiny") == 1
+    assert pool.resolve("tiny").bundle.version == 1
 
 
 def test_refresh_finds_new_models(model: Path) -> None:
@@ -190,7 +190,7 @@ def test_what_is_done_with_new_versions(model: Path, setting: str, state: str) -
     add_version(model, 2)
 
     assert pool.refresh() == [VersionState("tiny", 2, state)]  # type: ignore[arg-type]
-    assert pool.active_version("tiny") == (2 if state == "active" else 1)
+    assert pool.resolve("tiny").bundle.version == (2 if state == "active" else 1)
 
 
 def test_a_new_version_that_fails_is_tried_again_once_mended(model: Path) -> None:
