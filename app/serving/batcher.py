@@ -137,32 +137,42 @@ class Batch(Generic[Item, Result]):
 
 
 class _Pace:
-    """Seconds that an item takes, all threads together, measured while there is work."""
+    """Seconds that an item takes, all threads together, measured while there is work.
+
+    The first batch after a rest is not a measure: its time is that of decoding what came with it.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.seconds_per_item = 0.0
         self._items = 0
-        self._since = 0.0
+        self._last_end: float | None = None
 
     def begin(self, count: int) -> None:
-        if self._items == 0:
-            self._since = self._clock()
         self._items += count
 
     def drop(self, count: int) -> None:
         self._items -= count
+        self._rest_if_idle()
 
     def end(self, count: int) -> None:
         now = self._clock()
-        sample = (now - self._since) / count
+        if self._last_end is not None:
+            self._take_in((now - self._last_end) / count, count)
+        self._last_end = now
+        self._items -= count
+        self._rest_if_idle()
+
+    def _take_in(self, sample: float, count: int) -> None:
         weight = 1 - (1 - _ITEM_WEIGHT) ** count if self.seconds_per_item else 1
         if sample < self.seconds_per_item:
-            # Who is refused for a pace that was slow once, as the first is, never shows it faster.
+            # Who is refused for a pace that was slow once never shows it faster.
             weight = max(weight, _FASTER_WEIGHT)
         self.seconds_per_item += weight * (sample - self.seconds_per_item)
-        self._since = now
-        self._items -= count
+
+    def _rest_if_idle(self) -> None:
+        if self._items == 0:
+            self._last_end = None
 
 
 class Batcher(Generic[Item, Result]):
@@ -344,17 +354,18 @@ class Batcher(Generic[Item, Result]):
     ) -> None:
         arrived = self._clock()
         with self._changed:
-            if places is not None:
-                self._give_up(places)
-            elif lane.is_background:
+            if lane.is_background:
                 self._check_background(len(items))
-            else:
+            elif places is None:
                 self.check_room(len(items), deadline=request.deadline)
+            self._pace.begin(len(items))
+            if places is not None:
+                # After the items have begun: handing them over is no rest.
+                self._give_up(places)
             self._queues.setdefault(lane, deque()).extend(
                 _Pending(item, request, position, arrived) for position, item in enumerate(items)
             )
             self._depths[lane.is_background] += len(items)
-            self._pace.begin(len(items))
             self._changed.notify()
 
     def _check_background(self, count: int) -> None:

@@ -311,19 +311,43 @@ def test_too_late_is_refused_at_once() -> None:
     async def scenario() -> None:
         clock = Clock()
         batcher = numbers(max_batch_size=1, clock=clock)
-        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(3)]
-        await until(lambda: batcher.depth == 3)
-        first = batcher.take()
-        assert first is not None
-        clock.now += 0.1  # the pace: an item takes a tenth of a second
-        first.complete([0])
+        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(4)]
+        await until(lambda: batcher.depth == 4)
+        for result in (0, 2):
+            batch = batcher.take()
+            assert batch is not None
+            clock.now += 0.1  # the pace: an item takes a tenth of a second
+            batch.complete([result])
         assert batcher.depth == 2
         with pytest.raises(QueueFullError, match=r"2 images wait, about 0\.3 s"):
-            await batcher.submit("key", [3], deadline=clock.now + 0.2)
-        waiting.append(asyncio.ensure_future(batcher.submit("key", [4], deadline=clock.now + 60)))
+            await batcher.submit("key", [4], deadline=clock.now + 0.2)
+        waiting.append(asyncio.ensure_future(batcher.submit("key", [5], deadline=clock.now + 60)))
         await until(lambda: batcher.depth == 3)
         with Doubler(batcher).working():
-            assert await asyncio.gather(*waiting) == [[0], [2], [4], [8]]
+            assert await asyncio.gather(*waiting) == [[0], [2], [4], [6], [10]]
+
+    run(scenario())
+
+
+def test_the_first_batch_after_a_rest_is_no_pace() -> None:
+    """A form whose images were long in decoding, on an idle service, makes nobody refused."""
+
+    async def scenario() -> None:
+        clock = Clock()
+        batcher = numbers(max_batch_size=1, clock=clock)
+        with batcher.places(1) as places:
+            clock.now += 100  # decoding
+            waiting = [
+                asyncio.ensure_future(batcher.submit("key", [1], places=places)),
+                asyncio.ensure_future(batcher.submit("key", [2])),
+            ]
+            await until(lambda: batcher.depth == 2)
+            first = batcher.take()
+            assert first is not None
+            first.complete([2])
+            batcher.check_room(1, deadline=clock.now + 0.01)
+            with Doubler(batcher).working():
+                assert await asyncio.gather(*waiting) == [[2], [4]]
 
     run(scenario())
 
