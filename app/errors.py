@@ -12,11 +12,13 @@
     ├── BundleError                  a bundle is missing, damaged or not for this installation
     │   ├── BundleNotFoundError      no bundle of that name and version
     │   └── ActivationError          a bundle cannot serve; what answered before still does
+    ├── ReviewError                  a review queue cannot be exported as it is
     ├── SettingsError                a setting is unknown or out of bounds
     └── ServingError                 a request cannot be answered now, or ever
         ├── MalformedRequestError    the request is not one the service understands
         ├── UnauthorizedError        no valid credentials
         ├── ForbiddenError           valid credentials that do not suffice
+        ├── ReviewNotFoundError      the review queue has no such image, or no longer
         ├── RequestTooLargeError     the body has more bytes than the limit
         ├── BusyError                no room now; come back after ``retry_after_s``
         │   ├── QueueFullError       too many images wait
@@ -69,6 +71,10 @@ class ActivationError(BundleError):
     """A bundle cannot serve; what answered before still does."""
 
 
+class ReviewError(NormGateError):
+    """A review queue cannot be exported as it is."""
+
+
 class SettingsError(NormGateError):
     """A setting is unknown or out of bounds."""
 
@@ -87,6 +93,10 @@ class UnauthorizedError(ServingError):
 
 class ForbiddenError(ServingError):
     """Valid credentials that do not suffice."""
+
+
+class ReviewNotFoundError(ServingError):
+    """The review queue has no such image, or no longer."""
 
 
 class RequestTooLargeError(ServingError):

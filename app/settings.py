@@ -121,6 +121,20 @@ class Settings(BaseSettings):
         pattern=r"^https?://.+$",
         description="OpenTelemetry collector that traces are sent to; needs the otel extra",
     )
+    review_folder: Path | None = Field(
+        None, description="folder of the review queue; default: no image is ever kept"
+    )
+    review_images: int = Field(
+        1000, ge=1, le=100_000, description="newest ood images kept for review"
+    )
+    review_max_bytes: int = Field(2**30, ge=1, description="most bytes of the review folder")
+    review_retention_s: float = Field(
+        604_800, gt=0, description="longest time an image is kept for review"
+    )
+    review_share: float = Field(1, gt=0, le=1, description="share of the ood images that are kept")
+    review_sample_share: float = Field(
+        0, ge=0, le=1, description="share of all images, whatever their verdict, kept beside them"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
 
@@ -141,6 +155,15 @@ class Settings(BaseSettings):
         if self.deadline_ms > self.max_deadline_ms:
             raise ValueError(
                 f"deadline_ms is {self.deadline_ms:g}; max_deadline_ms is {self.max_deadline_ms:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _review_has_readers(self) -> Self:
+        if self.review_folder is not None and self.admin_token is None:
+            raise ValueError(
+                f"review_folder is {str(self.review_folder)!r} and there is no admin_token, without "
+                "which nobody may see the images kept in it"
             )
         return self
 

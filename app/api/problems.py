@@ -29,6 +29,7 @@ from app.errors import (
     NotReadyError,
     QueueFullError,
     RequestTooLargeError,
+    ReviewNotFoundError,
     UnauthorizedError,
     UndecodableImageError,
     UnsupportedImageError,
@@ -46,6 +47,7 @@ STATUS: Final[Mapping[type[NormGateError], int]] = {
     UnauthorizedError: 401,
     ForbiddenError: 403,
     BundleNotFoundError: 404,
+    ReviewNotFoundError: 404,
     ActivationError: 409,
     BundleError: 409,
     RequestTooLargeError: 413,
@@ -63,6 +65,7 @@ STATUS: Final[Mapping[type[NormGateError], int]] = {
 REASONS: Final[Mapping[type[NormGateError], RejectReason]] = {
     MalformedRequestError: "malformed",
     BundleNotFoundError: "malformed",
+    ReviewNotFoundError: "malformed",
     ActivationError: "failed",
     BundleError: "failed",
     UnauthorizedError: "unauthorized",

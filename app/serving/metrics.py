@@ -29,6 +29,8 @@ RejectReason = Literal[
 ]
 REJECT_REASONS: Final[tuple[RejectReason, ...]] = get_args(RejectReason)
 
+ReviewDropReason = Literal["busy", "too_large", "failed"]
+
 VERDICTS: Final[tuple[Verdict, ...]] = get_args(Verdict)
 
 _RATIO_BUCKETS: Final = (
@@ -163,6 +165,21 @@ class Metrics:
         )
         self.inflight_bytes = self._gauge(
             "inflight_bytes", "Bytes of uploads and decoded pixels held by requests."
+        )
+        self.review_images = self._gauge("review_queue_images", "Images kept for review.")
+        self.review_bytes = self._gauge("review_queue_bytes", "Bytes of the review folder.")
+        self.review_labels = Counter(
+            "normgate_review_labels",
+            "Labels that people gave to images kept for review; a changed one counts again.",
+            (*model, "label"),
+            registry=self.registry,
+        )
+        self.review_dropped = Counter(
+            "normgate_review_dropped",
+            "Images that were to be kept for review and were not: too many at once (busy), "
+            "too large, or a write failed.",
+            ("reason",),
+            registry=self.registry,
         )
         self._roles: dict[str, set[tuple[str, str]]] = {}
         self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
