@@ -14,7 +14,7 @@ from app.api import problems
 from app.api.access_log import AccessLogMiddleware
 from app.api.admission import AdmissionMiddleware
 from app.api.request_id import RequestIdMiddleware
-from app.api.routes import gate, models, operations, proxy, score, v2
+from app.api.routes import drift, gate, models, operations, proxy, review, score, v2
 from app.errors import NormGateError, SettingsError
 from app.serving.metrics import Metrics
 from app.serving.service import ScoringService
@@ -53,6 +53,7 @@ def create_app(
         watching = [
             asyncio.create_task(service.watch_loop()),
             asyncio.create_task(_watch_store(service, starting)),
+            asyncio.create_task(service.watch_review()),
         ]
         yield
         for task in watching:
@@ -82,13 +83,15 @@ def create_app(
     _add_middleware(app, settings, service)
     _add_logs_and_traces(app, settings, tracing)
     problems.install(app, metrics)
-    routers = [score.router, gate.router, models.router, operations.router]
+    routers = [score.router, gate.router, models.router, drift.router, operations.router]
     routers += [v2.health_router, v2.router]
     if upstream is not None:
         app.state.upstream = upstream
         routers.append(proxy.router)
+    if service.review is not None:
+        routers.append(review.router)
     if settings.admin_token is not None:
-        routers += [models.admin_router, v2.admin_router]
+        routers += [models.admin_router, drift.admin_router, v2.admin_router]
     for router in routers:
         app.include_router(router)
     return app

@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     gate_on_failure: Literal["closed", "open"] = Field(
         "closed", description="images that get no verdict: closed refuses them, open lets them pass"
     )
+    drift_false_alarm_bound: float = Field(
+        0.01, gt=0, lt=1, description="chance that the drift alarm is ever raised without drift"
+    )
     api_keys: tuple[SecretStr, ...] = Field(
         (), description='keys one of which /v1 and /v2 then ask for, as JSON: ["..."]'
     )
@@ -127,7 +130,7 @@ class Settings(BaseSettings):
     review_images: int = Field(
         1000, ge=1, le=100_000, description="newest ood images kept for review"
     )
-    review_max_bytes: int = Field(2**30, ge=1, description="most bytes of the review folder")
+    review_max_bytes: int = Field(2**30, ge=2**20, description="most bytes of the review folder")
     review_retention_s: float = Field(
         604_800, gt=0, description="longest time an image is kept for review"
     )

@@ -1,9 +1,11 @@
 """The JSON the service answers with."""
 
-from typing import Literal
+from datetime import UTC, datetime
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.serving.review_folder import ReviewImage
 from app.store import Bundle
 
 
@@ -87,6 +89,87 @@ class ModelVersion(BaseModel):
     is_active: bool
     state: Literal["active", "loaded", "shadow", "stored", "failed"]
     bundle: Bundle
+
+
+class OodRateWindow(BaseModel):
+    """The OOD rate of the last minutes, hour or day; null without images."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    window: Literal["5m", "1h", "1d"]
+    seconds: int
+    images: int
+    ood: int
+    rate: float | None
+    lower: float | None = Field(description="Clopper-Pearson.")
+    upper: float | None
+    confidence: float = Field(examples=[0.95])
+
+
+class DriftEvidence(BaseModel):
+    """What the test of exchangeability has found since it began."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    log10: float = Field(description="Evidence now; near or below 0: none.")
+    max_log10: float
+    alarm: bool = Field(description="The evidence once crossed its bound; until a reset.")
+    alarmed_at: datetime | None
+    false_alarm_bound: float = Field(
+        description="Chance that the alarm is ever raised without drift.", examples=[0.01]
+    )
+
+
+class DriftHistogram(BaseModel):
+    """Scores in bins of equal width; those beyond the edges count in the first and last bin."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    edges: list[float]
+    calibration: list[float] = Field(description="Shares.")
+    live: list[int] = Field(description="Images of the last hour.")
+
+
+class DriftReport(BaseModel):
+    """The live scores of a version against its calibration scores."""
+
+    model: str = Field(examples=["cifar10-resnet18"])
+    version: int = Field(examples=[1])
+    since: datetime = Field(description="When the test began.")
+    images: int = Field(description="Seen by the test.")
+    alpha: float = Field(description="Share of ID images that may be called OOD.")
+    windows: list[OodRateWindow]
+    martingale: DriftEvidence
+    ks_distance: float | None = Field(description="Of the last hour; null without images.")
+    psi: float | None = Field(description="Of the last hour; null without images.")
+    histogram: DriftHistogram
+    threshold: float
+    score: str = Field(description="What is compared.", examples=["feature_norm"])
+
+
+class ReviewLabel(BaseModel):
+    """What a person says of an image; null takes a label away."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: Literal["really_ood", "was_fine"] | None
+
+
+class ReviewList(BaseModel):
+    """Images kept for review, newest first: one page of them, and how many there are."""
+
+    total: int
+    unlabelled: int
+    images: list[ReviewImage]
+
+    @classmethod
+    def of(cls, kept: list[ReviewImage], *, before: datetime | None, limit: int) -> Self:
+        """The first ``limit`` images that are older than ``before``."""
+        # A time without a zone is taken for UTC, in which ours are.
+        end = before if before is None or before.tzinfo else before.replace(tzinfo=UTC)
+        page = [image for image in kept if end is None or image.time < end][:limit]
+        unlabelled = sum(image.label is None for image in kept)
+        return cls(total=len(kept), unlabelled=unlabelled, images=page)
 
 
 class Health(BaseModel):

@@ -10,6 +10,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from app.core.detector import Verdict
+from app.serving.drift import DriftCollector
 from app.serving.stages import STAGES, Interval, Stage, intervals
 from app.store import Bundle
 
@@ -181,6 +182,8 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
+        self.drift = DriftCollector()
+        self.registry.register(self.drift)
         self._roles: dict[str, set[tuple[str, str]]] = {}
         self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
         self._rejected = {reason: self.rejected.labels(reason) for reason in REJECT_REASONS}

@@ -18,6 +18,7 @@ import torch
 from app.core.allocator import return_memory
 from app.core.detector import Detector
 from app.errors import ActivationError, BundleError, BundleNotFoundError
+from app.serving.drift import DriftMonitor
 from app.serving.metrics import Metrics, ScoreMetrics, ShadowMetrics
 from app.serving.statistics import ModelStatistics
 from app.settings import Settings
@@ -35,6 +36,7 @@ class LoadedModel:
     bundle: Bundle
     detectors: Mapping[str, Detector]
     metrics: ScoreMetrics
+    drift: DriftMonitor
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
 
@@ -155,6 +157,17 @@ class ModelPool:
                 f"model {name!r} has no version {version} loaded; it has: {known}"
             )
         return model.versions[version]
+
+    def resolve_loaded(self, name: str, version: int | None = None) -> LoadedModel:
+        """Like :meth:`resolve`; the shadow may be named too.
+
+        Raises:
+            BundleNotFoundError: it is not loaded.
+        """
+        shadow = self.shadow(name)
+        if shadow is not None and _version(shadow.model) == version:
+            return shadow.model
+        return self.resolve(name, version)
 
     @property
     def default(self) -> str:
@@ -364,6 +377,7 @@ class ModelPool:
     def _let_go(self, model: LoadedModel) -> None:
         bundle = model.bundle
         self._metrics.forget(bundle)
+        self._metrics.drift.remove(model.drift)
         # The last request that holds it lets it go; only then is there memory to return.
         weakref.finalize(model, _return_memory_soon, bundle.name, bundle.version)
 
@@ -375,6 +389,14 @@ class ModelPool:
         for detector in detectors.values():
             self._warm_up(detector, side=bundle.preprocessing.crop)
         self._metrics.remember(bundle, load_seconds=time.monotonic() - started)
+        drift = DriftMonitor(
+            stored.calibration_scores,
+            threshold=bundle.threshold,
+            model=name,
+            version=version,
+            bound=self._settings.drift_false_alarm_bound,
+        )
+        self._metrics.drift.add(drift)
         self._search.failures.pop((name, version), None)
         return LoadedModel(
             bundle=bundle,
@@ -384,6 +406,7 @@ class ModelPool:
                 model=name,
                 version=version,
             ),
+            drift=drift,
         )
 
     def _warm_up(self, detector: Detector, *, side: int) -> None:

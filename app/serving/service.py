@@ -16,9 +16,11 @@ from app.errors import ForwardError, ImageError, NotReadyError, ServingError
 from app.serving.batcher import Batcher, DropReason
 from app.serving.budget import MemoryBudget
 from app.serving.decoding import Decoders
+from app.serving.drift import DriftMonitor
 from app.serving.lag import LoopLag
 from app.serving.metrics import Metrics, ScoreMetrics
 from app.serving.pool import LoadedModel, ModelPool, Shadow, VersionState
+from app.serving.review import ReviewQueue
 from app.serving.statistics import Step
 from app.serving.worker import Detection, ImageBatcher, Work, Worker, compute_on, device_names
 from app.settings import Settings
@@ -64,6 +66,9 @@ class ScoringService:
         self.budget = MemoryBudget(
             settings.max_inflight_bytes, retry_after_s=self._batcher.retry_after_s
         )
+        self.review: ReviewQueue | None = None
+        if settings.review_folder is not None:
+            self.review = ReviewQueue(settings, metrics, self.budget)
         self._workers = [Worker(device, self._batcher, metrics) for device in devices]
         self._decoders = Decoders(settings, self.budget)
         self._background: set[asyncio.Task[None]] = set()
@@ -108,8 +113,11 @@ class ScoringService:
         """Load and warm up the models, then start the workers. Blocks.
 
         Raises:
+            SettingsError: the review folder cannot be used.
             BundleError: a model cannot be loaded.
         """
+        if self.review is not None:
+            self.review.open()
         compute_on(self._settings.compute_threads)
         self.models.load()
         for worker in self._workers:
@@ -128,10 +136,17 @@ class ScoringService:
             for worker in self._workers:
                 worker.join()
         self._decoders.shutdown()
+        if self.review is not None:
+            self.review.close()
 
     async def watch_loop(self) -> None:
         """Measure how late the event loop runs, for ever."""
         await self._lag.watch()
+
+    async def watch_review(self) -> None:
+        """Let images kept for review go when their time is over, for ever; if any are kept."""
+        if self.review is not None:
+            await self.review.watch()
 
     async def watch_store(self) -> None:
         """Refresh every ``watch_s``, for ever; never where that is 0."""
@@ -218,7 +233,8 @@ class ScoringService:
         if not all(math.isfinite(detection.score) for detection in detections):
             raise ForwardError("the network gave a score that is not finite")
         for detection in detections:
-            _count(detection, model.metrics)
+            _count(detection, model.metrics, model.drift)
+        self._offer_for_review(model, images, detections)
         self._show_to_shadow(model, images, detections)
         found = iter(detections)
         return [
@@ -271,6 +287,14 @@ class ScoringService:
                 # Returned, so that the neighbours of a failed image come to their own end.
                 return error
 
+    def _offer_for_review(
+        self, model: LoadedModel, images: Sequence[_Decoded], detections: Sequence[Detection]
+    ) -> None:
+        if self.review is not None:
+            scored = [image.data for image in images if isinstance(image.outcome, Tensor)]
+            for data, detection in zip(scored, detections, strict=True):
+                self.review.offer(model.bundle, data, detection)
+
     def _show_to_shadow(
         self, model: LoadedModel, images: Sequence[_Decoded], detections: Sequence[Detection]
     ) -> None:
@@ -302,7 +326,7 @@ class ScoringService:
         except (ImageError, ServingError):
             self._metrics.shadow_dropped.inc()
             return
-        _count(found, shadow.metrics)
+        _count(found, shadow.metrics, shadow.model.drift)
         if found.verdict != detection.verdict:
             shadow.metrics.disagree(found.verdict)
 
@@ -322,10 +346,11 @@ class ScoringService:
         self._metrics.reject("abandoned" if reason == "abandoned" else "deadline", count)
 
 
-def _count(detection: Detection, metrics: ScoreMetrics) -> None:
+def _count(detection: Detection, metrics: ScoreMetrics, drift: DriftMonitor) -> None:
     metrics.observe(
         score=detection.score,
         threshold=detection.threshold,
         p_value=detection.p_value,
         verdict=detection.verdict,
     )
+    drift.observe(score=detection.score, is_ood=detection.verdict == "ood")

@@ -65,7 +65,7 @@ class OneDetector:
 
 def model_of(**detectors: OneDetector) -> LoadedModel:
     """A loaded model with a detector for each device."""
-    parts: Any = {"bundle": None, "metrics": None, "statistics": ModelStatistics()}
+    parts: Any = {"bundle": None, "metrics": None, "drift": None, "statistics": ModelStatistics()}
     return LoadedModel(detectors=detectors, **parts)  # type: ignore[arg-type]
 
 
