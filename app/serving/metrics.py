@@ -142,6 +142,7 @@ class Metrics:
         self.batch_size = self._histogram(
             "batch_size", "Images in one forward pass.", _SIZE_BUCKETS, ()
         )
+        self.ready = self._gauge("ready", "1 while the service wants requests, as /readyz says.")
         self.queue_depth = self._gauge("queue_depth", "Images that wait for a device.")
         self.in_flight = self._gauge("in_flight", "Scoring requests being answered.")
         self.rejected = Counter(

@@ -74,6 +74,7 @@ class ScoringService:
         self._background: set[asyncio.Task[None]] = set()
         self._is_loaded = False
         self._is_draining = False
+        metrics.ready.set_function(self._is_ready)
         metrics.queue_depth.set_function(lambda: self._batcher.depth)
         metrics.inflight_bytes.set_function(lambda: self.budget.used)
 
@@ -95,6 +96,13 @@ class ScoringService:
         heartbeat_s = self._settings.heartbeat_s
         if not all(worker.makes_progress(heartbeat_s=heartbeat_s) for worker in self._workers):
             raise NotReadyError(f"a device has made no progress for {heartbeat_s:g} s")
+
+    def _is_ready(self) -> bool:
+        try:
+            self.check_ready()
+        except NotReadyError:
+            return False
+        return True
 
     def check_room(self, *, deadline: float) -> None:
         """Return when one more image would be let in now.
