@@ -14,7 +14,7 @@ from app.api import problems
 from app.api.access_log import AccessLogMiddleware
 from app.api.admission import AdmissionMiddleware
 from app.api.request_id import RequestIdMiddleware
-from app.api.routes import drift, gate, models, operations, proxy, review, score, v2
+from app.api.routes import drift, gate, models, operations, page, proxy, review, score, v2
 from app.errors import NormGateError, SettingsError
 from app.serving.metrics import Metrics
 from app.serving.service import ScoringService
@@ -92,6 +92,9 @@ def create_app(
         routers.append(review.router)
     if settings.admin_token is not None:
         routers += [models.admin_router, drift.admin_router, v2.admin_router]
+    if settings.page:
+        app.state.pages = page.Pages.of(settings)
+        routers += [page.router] + [page.review_router] * (service.review is not None)
     for router in routers:
         app.include_router(router)
     return app

@@ -113,6 +113,7 @@ class Settings(BaseSettings):
         (), description='web origins whose scripts may call, as JSON: ["https://..."]'
     )
     docs: bool = Field(True, description="whether /docs and /openapi.json are served")
+    page: bool = Field(True, description="whether the pages for people, / and /review, are served")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severity that is logged"
     )
@@ -165,8 +166,8 @@ class Settings(BaseSettings):
     def _review_has_readers(self) -> Self:
         if self.review_folder is not None and self.admin_token is None:
             raise ValueError(
-                f"review_folder is {str(self.review_folder)!r} and there is no admin_token, without "
-                "which nobody may see the images kept in it"
+                f"review_folder is {str(self.review_folder)!r} and admin_token is not set; without "
+                "one nobody may see the images kept there"
             )
         return self
 

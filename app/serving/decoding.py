@@ -82,11 +82,11 @@ class Decoders:
         self, data: bytes, header: ImageHeader, preprocessing: Preprocessing, deadline: float
     ) -> Tensor:
         _check_deadline(deadline)
-        with self._budget.held(_decoded_bytes(header)):
+        with self._budget.held(decoded_bytes(header)):
             return preprocessing.resize_and_crop(decode_accepted(data, header))
 
 
-def _decoded_bytes(header: ImageHeader) -> int:
+def decoded_bytes(header: ImageHeader) -> int:
     """What decoding may hold at its peak, as measured."""
     is_usual = header.format != "WEBP" and header.mode != "CMYK"
     return (_USUAL_BYTES_PER_PIXEL if is_usual else DECODED_BYTES_PER_PIXEL) * header.pixels
