@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_score(commands)
     _add_models(commands)
+    _add_review(commands)
     return parser
 
 
@@ -393,6 +394,45 @@ def _models(options: argparse.Namespace) -> None:
     from app.store import Store
 
     print_models(Store(_offline_settings(options).model_store))
+
+
+def _add_review(commands: Any) -> None:
+    parser = commands.add_parser("review", help="use what people labelled in the review queue")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    export = actions.add_parser(
+        "export",
+        help="copy the sampled images to calibrate on",
+        description="Copies the sample of all images, without those labelled really_ood, to a new "
+        "folder for calibrate --threshold-images. Images kept only because they were found ood "
+        "are never among them: they would set a threshold that keeps no promise.",
+    )
+    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    export.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="of the review queue (default: $NORMGATE_REVIEW_FOLDER)",
+    )
+    export.add_argument("--model", help="whose images; needed where there are several models'")
+    export.set_defaults(command=_export_review)
+
+
+def _export_review(options: argparse.Namespace) -> None:
+    from app.serving.review_folder import export_sample
+
+    folder = options.folder or Settings.read({}).review_folder
+    if folder is None:
+        raise NormGateError("name the review folder: --folder DIR")
+    try:
+        export = export_sample(folder, options.out, model=options.model)
+    except OSError as error:
+        raise NormGateError(f"{error.filename or folder} cannot be used: {error}") from error
+    print(f"{export.images} images in {options.out}; {export.really_ood} really ood left out")
+    if export.unlabelled:
+        print(
+            f"{export.unlabelled} of them were judged id and have no label: if m of those are "
+            "really ood, the rate of false alarms may reach alpha * (1 + m / the others)"
+        )
 
 
 def _add_model_store(parser: argparse.ArgumentParser) -> None:
