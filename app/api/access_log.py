@@ -14,6 +14,8 @@ from app.serving.pool import LoadedModel
 from app.serving.worker import Detection
 
 _PROBES: Final = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live"})
+_PROBE_PATTERNS: Final = (("/v2/", "/ready"), ("/v1/models/", "/drift"), ("/static/", ""))
+"""How their paths begin and end; the live page asks for the drift every other second."""
 _OTHERS_PATHS: Final = ("/v1/gate/", "/v1/proxy/")
 _MAX_PATH: Final = 256
 _FAILED: Final = 500
@@ -62,7 +64,9 @@ def path_of(scope: Scope) -> str:
 def is_probe(scope: Scope) -> bool:
     """Whether a machine asks this every few seconds; logged at DEBUG and never traced."""
     path: str = scope["path"]
-    return path in _PROBES or (path.startswith("/v2/") and path.endswith("/ready"))
+    return path in _PROBES or any(
+        path.startswith(start) and path.endswith(end) for start, end in _PROBE_PATTERNS
+    )
 
 
 class AccessLogMiddleware:
