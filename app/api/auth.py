@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import SecretStr
 
-from app.api.dependencies import SettingsOf
+from app.api.dependencies import SettingsOf, settings_of
 from app.errors import ForbiddenError, UnauthorizedError
 
 KEY_HEADER: Final = "X-API-Key"
@@ -21,12 +21,13 @@ _DECLARED: Final = (
 )
 
 
-async def require_api_key(request: Request, settings: SettingsOf) -> None:
+async def require_api_key(request: Request) -> None:
     """Let those pass who show an API key or the admin token; everybody where no key is set.
 
     Raises:
         UnauthorizedError: there is no key in the request, or an unknown one.
     """
+    settings = settings_of(request)
     if not settings.api_keys:
         return
     accepted = [*settings.api_keys, *filter(None, [settings.admin_token])]

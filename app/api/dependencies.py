@@ -9,16 +9,32 @@ from app.serving.service import ScoringService
 from app.settings import Settings
 
 
-async def _service(request: Request) -> ScoringService:
+def service_of(request: Request) -> ScoringService:
+    """The service."""
     return cast(ScoringService, request.app.state.service)
 
 
-async def _settings(request: Request) -> Settings:
+def settings_of(request: Request) -> Settings:
+    """The settings."""
     return cast(Settings, request.app.state.settings)
 
 
-async def _metrics(request: Request) -> Metrics:
+def metrics_of(request: Request) -> Metrics:
+    """The metrics."""
     return cast(Metrics, request.app.state.metrics)
+
+
+# Not the functions themselves: FastAPI would call them in a thread.
+async def _service(request: Request) -> ScoringService:
+    return service_of(request)
+
+
+async def _settings(request: Request) -> Settings:
+    return settings_of(request)
+
+
+async def _metrics(request: Request) -> Metrics:
+    return metrics_of(request)
 
 
 ServiceOf = Annotated[ScoringService, Depends(_service)]

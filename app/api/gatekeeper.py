@@ -3,13 +3,13 @@
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from fastapi import Depends, Request
+from fastapi import Request
 
 from app.api.access_log import describe_results
 from app.api.deadline import in_time
-from app.api.dependencies import MetricsOf, ServiceOf, SettingsOf
+from app.api.dependencies import metrics_of, service_of, settings_of
 from app.api.disconnect import unless_disconnected
 from app.api.problems import REASONS
 from app.api.upload import files_in, read_bytes
@@ -161,11 +161,9 @@ class Gatekeeper:
         return _verdict(lowest, loaded)
 
 
-async def _gatekeeper(service: ServiceOf, settings: SettingsOf, metrics: MetricsOf) -> Gatekeeper:
-    return Gatekeeper(service, settings, metrics)
-
-
-GatekeeperOf = Annotated[Gatekeeper, Depends(_gatekeeper)]
+def gatekeeper_of(request: Request) -> Gatekeeper:
+    """What judges a request."""
+    return Gatekeeper(service_of(request), settings_of(request), metrics_of(request))
 
 
 def _rank(detection: Detection) -> tuple[int, float]:

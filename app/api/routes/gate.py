@@ -6,12 +6,13 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from app.api.auth import ApiKeyRequired
 from app.api.deadline import request_deadline
-from app.api.dependencies import SettingsOf
-from app.api.gatekeeper import GatekeeperOf
+from app.api.dependencies import settings_of
+from app.api.gatekeeper import gatekeeper_of
 from app.api.problems import problem, responses
+from app.api.scoring_route import ScoringRoute
 from app.errors import RequestTooLargeError
 
-router = APIRouter(tags=["gate"], dependencies=ApiKeyRequired)
+router = APIRouter(tags=["gate"], dependencies=ApiKeyRequired, route_class=ScoringRoute)
 
 METHODS: Final = ("POST", "PUT")
 """Envoy asks with the method of the request that it holds back."""
@@ -35,16 +36,16 @@ _DESCRIPTION: Final[dict[str, Any]] = {
 
 async def gate(
     request: Request,
-    gatekeeper: GatekeeperOf,
-    settings: SettingsOf,
     model: Annotated[str | None, Query(description="Default: the default model.")] = None,
     version: Annotated[int | None, Query(ge=1, description="Default: the active one.")] = None,
 ) -> Response:
     """Send the image as the raw body: 200 lets it pass, 403 does not."""
     if request.headers.get(_PARTIAL) == "true":
         raise RequestTooLargeError("Envoy sent the beginning of the body; raise max_request_bytes")
-    deadline = request_deadline(request, settings)
-    verdict = await gatekeeper.judge(request, deadline=deadline, model=model, version=version)
+    deadline = request_deadline(request, settings_of(request))
+    verdict = await gatekeeper_of(request).judge(
+        request, deadline=deadline, model=model, version=version
+    )
     if verdict.name == "ood":
         return problem(request, status=403, detail=verdict.reason, headers=verdict.headers)
     return Response(headers=verdict.headers)
@@ -52,15 +53,13 @@ async def gate(
 
 async def gate_path(
     request: Request,
-    gatekeeper: GatekeeperOf,
-    settings: SettingsOf,
     path: Annotated[str, Path(description="Of the request that is held back.")],
 ) -> Response:
     """The same for a request that is held back, whose path and query follow.
 
     That query is meant for another service, and is not read: it chooses no model.
     """
-    return await gate(request, gatekeeper, settings)
+    return await gate(request)
 
 
 for method in METHODS:

@@ -4,22 +4,23 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Final, cast
 
-from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from app.api import request_id
 from app.api.auth import KEY_HEADER, ApiKeyRequired
 from app.api.deadline import request_deadline
-from app.api.dependencies import SettingsOf
+from app.api.dependencies import settings_of
 from app.api.disconnect import unless_disconnected
-from app.api.gatekeeper import HEADER_PREFIX, NO_IMAGES, GatekeeperOf
+from app.api.gatekeeper import HEADER_PREFIX, NO_IMAGES, gatekeeper_of
 from app.api.problems import problem, responses
+from app.api.scoring_route import ScoringRoute
 from app.errors import MalformedRequestError, UpstreamError
 from app.serving.upstream import Answer, RawHeaders, Upstream, end_to_end
 from app.settings import Settings
 
-router = APIRouter(tags=["gate"], dependencies=ApiKeyRequired)
+router = APIRouter(tags=["gate"], dependencies=ApiKeyRequired, route_class=ScoringRoute)
 
 PREFIX: Final = "/v1/proxy/"
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -44,15 +45,8 @@ _DESCRIPTION: Final[dict[str, Any]] = {
 }
 
 
-async def _upstream(request: Request) -> Upstream:
-    return cast(Upstream, request.app.state.upstream)
-
-
 async def proxy(
     request: Request,
-    gatekeeper: GatekeeperOf,
-    settings: SettingsOf,
-    upstream: Annotated[Upstream, Depends(_upstream)],
     path: Annotated[str, Path(description="Below the upstream's URL.")],
 ) -> Response:
     """Images are judged before anything is forwarded; a request without a body is not judged.
@@ -60,6 +54,8 @@ async def proxy(
     Those are an image as the raw body, or every file of a form. One out-of-distribution image is
     enough for 422 (policy `block`) or for the header that says so (policy `tag`).
     """
+    settings, gatekeeper = settings_of(request), gatekeeper_of(request)
+    upstream = cast(Upstream, request.app.state.upstream)
     deadline = request_deadline(request, settings)
     target = upstream.target(_encoded_path(request), request.scope["query_string"])
     body = await gatekeeper.read(request, deadline=deadline)

@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from app.api.access_log import describe_results
 from app.api.auth import ApiKeyRequired
 from app.api.deadline import in_time, request_deadline
-from app.api.dependencies import MetricsOf, ServiceOf, SettingsOf
+from app.api.dependencies import metrics_of, service_of, settings_of
 from app.api.disconnect import unless_disconnected
 from app.api.problems import responses
 from app.api.schemas import ScoreResponse
+from app.api.scoring_route import ScoringRoute
 from app.api.upload import FIELD, Upload, read_uploads
 from app.errors import ImageError
 from app.serving.pool import LoadedModel
 from app.serving.worker import Detection
 
-router = APIRouter(tags=["score"], dependencies=ApiKeyRequired)
+router = APIRouter(tags=["score"], dependencies=ApiKeyRequired, route_class=ScoringRoute)
 
 _IMAGE: Final = {"schema": {"type": "string", "format": "binary"}}
 _REQUEST_BODY: Final = {
@@ -51,9 +52,6 @@ _REQUEST_BODY: Final = {
 )
 async def score(
     request: Request,
-    service: ServiceOf,
-    settings: SettingsOf,
-    metrics: MetricsOf,
     model: Annotated[str | None, Query(description="Default: the default model.")] = None,
     version: Annotated[int | None, Query(ge=1, description="Default: the active one.")] = None,
     top_k: Annotated[int, Query(ge=0, le=1000, description="Predictions an image.")] = 1,
@@ -64,6 +62,7 @@ async def score(
     result carries its own ``error``.
     """
     started = time.monotonic()
+    service, settings, metrics = service_of(request), settings_of(request), metrics_of(request)
     deadline = request_deadline(request, settings)
     with metrics.in_flight.track_inprogress():
         loaded = service.model(model, version)
