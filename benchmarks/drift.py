@@ -14,7 +14,7 @@ drawing with replacement brings, are what the test's lots are for.
 import argparse
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -101,8 +101,9 @@ def simulate(pool: Pool, *, seed: int, week: int, early: int, calibration: int) 
             test.observe(index)
         for name, scores in pool.ood_scores.items():
             shifted = mixed(pool.id_scores, scores, share=SHIFTED, chooser=chooser)
-            found = [bins.of(score, lot()) for score in shifted.tolist()]
-            delays[name, start] = _delay(test, found)
+            delays[name, start] = _delay(
+                test, (bins.of(score, lot()) for score in shifted.tolist())
+            )
     return Run(test.largest, delays)
 
 
@@ -142,13 +143,13 @@ def delay_table(runs: Sequence[Run]) -> list[str]:
                 *(f"{delay:.0f}" for delay in delays),
             ]
         )
-    return markdown_table(["shift", "found", "median delay, images", "90 % within"], rows)
+    return list(markdown_table(["shift", "found", "median delay, images", "90 % within"], rows))
 
 
-def _delay(before: ExchangeabilityTest, shifted: Sequence[int]) -> int | None:
+def _delay(before: ExchangeabilityTest, shifted: Iterable[int]) -> int | None:
     if before.largest >= 1 / BOUND:
         return None
-    test = copy.copy(before)  # its lists are replaced, never changed
+    test = copy.deepcopy(before)
     for images, index in enumerate(shifted, 1):
         if test.observe(index) >= 1 / BOUND:
             return images

@@ -35,6 +35,10 @@ QUANTILES: Final = (
 """Of the calibration scores: where one bin ends. Finer where OOD images fall."""
 _PATIENCE: Final = 1_000
 """After so many images two fifths of the capital have been put to use."""
+_LEARNT_FROM: Final = 100
+_LEARNT_STAKE: Final = 0.2
+"""Of the capital, staked from the first image on another urn, which counts the calibration scores
+as so few gaps and soon follows the live images: it finds what differs from the start, or slowly."""
 _RICH: Final = 1e30
 """What a bet makes beyond this is given away: the evidence falls soon after a shift ends."""
 
@@ -113,8 +117,12 @@ class ExchangeabilityTest:
             for k in range(len(ALTERNATIVES))
         ]
         self._gaps = float(sum(gaps))
+        self._counts = list(map(float, gaps))
+        self._learnt_gaps = min(_LEARNT_FROM, self._gaps / 2)
+        self._learnt = [self._learnt_gaps * gap / self._gaps for gap in gaps]
         self._stakes = [0.0] * len(ALTERNATIVES)
-        self._reserve = self._capital = self._largest = 1.0
+        self._learnt_stake, self._reserve = _LEARNT_STAKE, 1 - _LEARNT_STAKE
+        self._capital = self._largest = 1.0
         self.images = 0
 
     @property
@@ -130,7 +138,7 @@ class ExchangeabilityTest:
     def observe(self, index: int) -> float:
         """The capital after the next image, whose score lies in bin ``index``."""
         self.images += 1
-        reserve = 1 / (1 + math.log1p(self.images / _PATIENCE))
+        reserve = (1 - _LEARNT_STAKE) / (1 + math.log1p(self.images / _PATIENCE))
         # Staked before the image is seen: bets that begin with it.
         fresh = (self._reserve - reserve) / len(self._stakes)
         self._reserve = reserve
@@ -140,15 +148,27 @@ class ExchangeabilityTest:
             (stake + fresh) * own * gaps / total
             for stake, own, total in zip(self._stakes, tilt, self._sums, strict=True)
         ]
+        self._learn(index)
         # The new score splits a gap of its bin in two.
         self._sums = [total + own for total, own in zip(self._sums, tilt, strict=True)]
         self._gaps = gaps + 1
-        self._capital = capital = reserve + sum(self._stakes)
+        capital = reserve + sum(self._stakes) + self._learnt_stake
+        if capital > _RICH:
+            self._stakes = [stake * _RICH / capital for stake in self._stakes]
+            self._learnt_stake *= _RICH / capital
+            capital = _RICH
+        self._capital = capital
         if capital > self._largest:
             self._largest = capital
-            if capital > _RICH:
-                self._stakes = [min(stake, _RICH) for stake in self._stakes]
         return capital
+
+    def _learn(self, index: int) -> None:
+        """Settle the bet on what the live images so far have been."""
+        learnt = self._learnt[index] / self._learnt_gaps
+        self._learnt_stake *= learnt * self._gaps / self._counts[index]
+        self._learnt[index] += 1
+        self._learnt_gaps += 1
+        self._counts[index] += 1
 
 
 def tilts(gaps: Sequence[int]) -> list[tuple[float, ...]]:
