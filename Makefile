@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CHECKED := app tests benchmarks docs
 
-.PHONY: install serve test lint format data evaluate overload gate-latency
+.PHONY: install serve test lint format data evaluate overload gate-latency drift
 
 install: $(INSTALLED)
 
@@ -50,3 +50,7 @@ overload: data
 # How long Envoy would wait for the gate.
 gate-latency: install
 	$(BIN)/python -m benchmarks.gate
+
+# A simulated week without drift in 200 runs, and how soon 10 % OOD images are found.
+drift: data
+	$(BIN)/python -m benchmarks.drift
