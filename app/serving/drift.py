@@ -16,7 +16,7 @@ import structlog
 from numpy.typing import NDArray
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 from app.core.threshold import Threshold
 from app.serving.exchangeability import ExchangeabilityTest, lots, quantile_bins
@@ -249,8 +249,9 @@ def ood_rate(window: Window, seconds: int, *, images: int, ood: int) -> OodRate:
     if images == 0:
         return OodRate(window, seconds, images, ood, None, None, None)
     tail = (1 - CONFIDENCE) / 2
-    lower = float(beta.ppf(tail, ood, images - ood + 1)) if ood else 0.0
-    upper = float(beta.ppf(1 - tail, ood + 1, images - ood)) if ood < images else 1.0
+    # Quantiles of beta distributions, without the checks that cost scipy.stats 0.1 ms each.
+    lower = float(betaincinv(ood, images - ood + 1, tail)) if ood else 0.0
+    upper = float(betaincinv(ood + 1, images - ood, 1 - tail)) if ood < images else 1.0
     return OodRate(window, seconds, images, ood, ood / images, lower, upper)
 
 
