@@ -18,7 +18,6 @@ from typing import Final, Literal, get_args
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from app.core.detector import Verdict
 from app.errors import ReviewError, ReviewNotFoundError
 
 Label = Literal["really_ood", "was_fine"]
@@ -38,6 +37,8 @@ _LOCK: Final = "review.lock"
 _OURS: Final = re.compile(rf"[0-9a-f]{{32}}\.(json|{'|'.join(SUFFIXES.values())})({_PARTIAL})?")
 _IMAGE_SHARE: Final = 16
 _TICK: Final = timedelta(microseconds=1)
+_STEP: Final = timedelta(seconds=1)
+"""A clock that went back further was set, and is believed."""
 
 
 class ReviewImage(BaseModel):
@@ -52,7 +53,7 @@ class ReviewImage(BaseModel):
     score: float
     threshold: float
     p_value: float
-    verdict: Verdict
+    verdict: Literal["id", "uncertain", "ood"]
     prediction: str | None = Field(description="The most probable label, where it was computed.")
     is_sampled: bool = Field(description="Drawn from all images, whatever their verdict.")
     suffix: Literal["jpg", "png", "webp", "gif", "bmp"]
@@ -138,7 +139,7 @@ class ReviewFolder:
         self._now = now
         self._rings = {is_sampled: _Ring() for is_sampled in (False, True)}
         self._lock: int | None = None
-        self._last = datetime.min.replace(tzinfo=UTC)
+        self._last = datetime.fromtimestamp(0, UTC)
 
     @property
     def size_bytes(self) -> int:
@@ -157,7 +158,7 @@ class ReviewFolder:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = _locked(self._folder / _LOCK)
         try:
-            self._write(f"{'0' * 32}.json", b"")  # fails now rather than at the first image
+            self._write(f"{'f' * 32}.json", b"")  # fails now rather than at the first image
             self._find()
             self.expire()
             for ring in self._rings.values():
@@ -206,8 +207,7 @@ class ReviewFolder:
         Raises:
             OSError: it cannot be written; nothing is left of it.
         """
-        if image.time == self._last:  # no two alike: pages of a list end at a time
-            image = image.model_copy(update={"time": image.time + _TICK})
+        image = self._after_the_last(image)
         record, ring = _encoded(image), self._rings[image.is_sampled]
         self._make_room(len(data) + len(record), ring, images=1)
         self._write(image.file, data)
@@ -259,6 +259,11 @@ class ReviewFolder:
         for image in self.images():
             if image.time <= oldest:
                 self.remove(image.id)
+
+    def _after_the_last(self, image: ReviewImage) -> ReviewImage:
+        """The image, by a moment later where times would be alike: pages of a list end at one."""
+        is_too_early = self._last - _STEP < image.time <= self._last
+        return image.model_copy(update={"time": self._last + _TICK}) if is_too_early else image
 
     def _make_room(self, needed: int, ring: _Ring, *, images: int) -> None:
         while ring.kept and len(ring.kept) + images > self.limits.images:
