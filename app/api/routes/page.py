@@ -75,11 +75,12 @@ class Pages:
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """With links to what these settings serve."""
-        links = {"/": "Live"}
+        # Relative: a proxy may serve all this under a path of its own.
+        links = {"./": "Live"}
         if settings.review_folder is not None:
-            links["/review"] = "Review"
+            links["review"] = "Review"
         if settings.docs:
-            links["/docs"] = "API"
+            links["docs"] = "API"
         return cls(links)
 
     def answer(self, request: Request, name: str) -> Response:

@@ -36,6 +36,7 @@ export function histogram({ edges, calibration, live = null, threshold, mark = n
   if (mark !== null) shapes.push(upright(`line-mark ${mark.verdict}`, place(mark.score)));
   const words = [word("above", place(threshold), `threshold ${number(threshold)}`)];
   if (mark !== null) words.push(word(`below ${mark.verdict}`, place(mark.score), number(mark.score)));
+  else words.push(...ticks(low, width));
   return plot(`histogram ${mark === null ? "" : "marked"}`, shapes, words, label);
 }
 
@@ -137,6 +138,16 @@ function path(points) {
   return points
     .map((point, i) => (point === null ? "" : `${points[i - 1] ? "L" : "M"}${point}`))
     .join("");
+}
+
+function ticks(low, width) {
+  return [0, 25, 50, 75, 100].map((place) =>
+    word("below tick", place, round(low + (width * place) / WIDTH, width)),
+  );
+}
+
+function round(value, width) {
+  return value.toFixed(Math.max(0, 2 - Math.floor(Math.log10(width))));
 }
 
 function word(name, place, text) {

@@ -18,11 +18,20 @@ export function images(value) {
   return `${count(value)} ${value === 1 ? "image" : "images"}`;
 }
 
-/** A share as a percentage: two digits below ten, none lost of a small one. */
+/** A share as a percentage; neither a small share nor a small remainder is rounded away. */
 export function percent(share) {
   const value = share * 100;
-  const digits = value === 0 || value >= 99.95 ? 0 : value < 0.1 ? 2 : value < 99.5 ? 1 : 2;
-  return `${value.toFixed(digits)}%`;
+  if (value === 0 || value === 100) return `${value}%`;
+  if (value < 0.01) return "<0.01%";
+  if (value > 99.99) return ">99.99%";
+  return `${value.toFixed(value < 0.1 || value > 99.9 ? 2 : 1)}%`;
+}
+
+/** Odds against chance of which the logarithm is given: "12 to 1", "10⁸ to 1". */
+export function odds(log10) {
+  if (log10 < 4) return `${significant.format(10 ** log10)} to 1`;
+  const power = [...log10.toFixed(0)].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("");
+  return `10${power} to 1`;
 }
 
 /** A duration: "3.2 ms", "41 ms", "1.4 s". */

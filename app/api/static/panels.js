@@ -3,7 +3,7 @@
 import { byId, setText } from "./dom.js";
 import { facts } from "./card.js";
 import { histogram, intervals, lines, meter, regroup } from "./drawing.js";
-import { duration, images, moment, number, percent, rate } from "./format.js";
+import { duration, images, moment, number, odds, percent, rate } from "./format.js";
 import { quantile } from "./prometheus.js";
 
 const SPAN_S = 120;
@@ -149,7 +149,7 @@ function showEvidence({ martingale, images: n, ks_distance: ks, psi }) {
   setText("drift-text", alarm ? alarmText(at, bound) : calmText(n, bound));
   const label = `Evidence of drift: ${percent(Math.max(share, 0))} of what an alarm needs`;
   byId("drift-evidence").replaceChildren(meter(share, { isFull: alarm, label }));
-  const known = { evidence: oddsOf(log10) };
+  const known = { evidence: odds(log10), "alarm at": odds(needed) };
   if (ks !== null) known["KS distance"] = number(ks);
   if (psi !== null) known.PSI = number(psi);
   byId("drift-facts").replaceChildren(...facts(known).children);
@@ -162,10 +162,6 @@ function alarmText(at, bound) {
 
 function calmText(n, bound) {
   return `${images(n)} tested against the calibration images. A false alarm ever: at most ${percent(bound)}.`;
-}
-
-function oddsOf(log10) {
-  return log10 > 6 ? `10^${log10.toFixed(0)} to 1` : `${number(10 ** log10)} to 1`;
 }
 
 function showScores({ histogram: { edges, calibration, live }, threshold }) {
