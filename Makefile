@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CHECKED := app tests benchmarks docs
+CHECKED := app tests benchmarks deploy docs
 
-.PHONY: install serve test lint format data evaluate overload gate-latency drift
+.PHONY: install serve test lint format data evaluate overload gate-latency dashboard drift
 
 install: $(INSTALLED)
 
@@ -26,10 +26,19 @@ lint: install
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	@if command -v promtool > /dev/null; then \
+	    promtool check config deploy/prometheus/prometheus.yml && \
+	    promtool test rules deploy/prometheus/tests/*_test.yml; \
+	else echo "promtool is not installed: the rules for Prometheus were not checked"; fi
 
 format: install
 	$(BIN)/ruff format $(CHECKED)
 	$(BIN)/ruff check --fix $(CHECKED)
+
+# Grafana's dashboard, from its script.
+dashboard: install
+	$(BIN)/python -m deploy.grafana.dashboard
 
 # The research images, unpacked into build/data.
 data: install
