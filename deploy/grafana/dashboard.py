@@ -167,7 +167,7 @@ def _now() -> Sequence[Panel]:
             "Of all images in the chosen window. On images like the calibration images it is at"
             " most alpha on average. High: look at the images (review queue) before anything else."
             " Zero for long: nobody sends odd images, or the threshold is too low.",
-            f"{_ood('$window', by='')} / {_images('$window', by='')}",
+            _share(_ood("$window", by=""), _images("$window", by="")),
             unit="percentunit",
             decimals=1,
         ),
@@ -183,7 +183,7 @@ def _now() -> Sequence[Panel]:
             "Got no verdict",
             "Share of what was asked in the window that was refused or failed through the service's"
             " own doing. The budget is 1 % of 30 days. High: see the refusals by reason below.",
-            f"{_refused('$window')} / ({_images('$window', by='')} + {_refused('$window')})",
+            _unanswered("$window"),
             unit="percentunit",
             decimals=2,
             bad_from=0.01,
@@ -209,7 +209,7 @@ def _scores() -> Sequence[Panel]:
             " interval below alpha: fewer, so odd images are rarer than the threshold assumes. A"
             " wide interval: too few images to tell.",
             [
-                (f"{_ood('$window')} / {_images('$window')}", f"{NAME} rate"),
+                (_share(_ood("$window"), _images("$window")), f"{NAME} rate"),
                 (_wilson("-"), f"{NAME} lower"),
                 (_wilson("+"), f"{NAME} upper"),
                 (f"max {BY_VERSION} (normgate_threshold_alpha{{{VERSIONS}}})", f"{NAME} alpha"),
@@ -233,9 +233,7 @@ def _scores() -> Sequence[Panel]:
             " after a change of compression. Below 1: they score higher, as training images do.",
             [
                 (
-                    f'sum {BY_VERSION} (increase(normgate_p_value_bucket{{{VERSIONS}, le="{p}"}}'
-                    f"[$window])) / sum {BY_VERSION} (increase(normgate_p_value_count"
-                    f"{{{VERSIONS}}}[$window])) / {p}",
+                    f"{_share(_p_values('bucket', p), _p_values('count'))} / {p}",
                     f"{NAME} p up to {p}",
                 )
                 for p in P_VALUES
@@ -296,15 +294,15 @@ def _drift() -> Sequence[Panel]:
 
 
 def _versions() -> Sequence[Panel]:
-    shadow_rate = (
+    shown = f"sum {BY_VERSION} (increase(normgate_shadow_images_total{{{VERSIONS}}}[$window]))"
+    shadow_ood = (
         f'sum {BY_VERSION} (increase(normgate_shadow_images_total{{{VERSIONS}, verdict="ood"}}'
-        f"[$window])) / sum {BY_VERSION} (increase(normgate_shadow_images_total"
-        f"{{{VERSIONS}}}[$window]))"
+        "[$window]))"
     )
     disagreement = (
-        "sum by (model, version, verdict) (increase(normgate_shadow_disagreements_total"
-        f"{{{VERSIONS}}}[$window])) / on (model, version) group_left() sum {BY_VERSION}"
-        f" (increase(normgate_shadow_images_total{{{VERSIONS}}}[$window]))"
+        "sum by (model, version, verdict)"
+        f" (increase(normgate_shadow_disagreements_total{{{VERSIONS}}}[$window]))"
+        f" / on (model, version) group_left() ({shown} > 0)"
     )
     return [
         _graph(
@@ -313,8 +311,8 @@ def _versions() -> Sequence[Panel]:
             " the shadow near its own alpha: it may be activated. The shadow far higher: its"
             " threshold does not fit this traffic. Empty: no version looks on.",
             [
-                (f"{_ood('$window')} / {_images('$window')}", f"{NAME} active"),
-                (shadow_rate, f"{NAME} shadow"),
+                (_share(_ood("$window"), _images("$window")), f"{NAME} active"),
+                (_share(shadow_ood, shown), f"{NAME} shadow"),
             ],
             unit="percentunit",
         ),
@@ -450,13 +448,7 @@ def _saturation() -> Sequence[Panel]:
             "Burn of the verdict budget",
             "How many times faster than 1 % of 30 days the service refuses or fails. Above 14.4 for"
             " an hour pages, above 6 for six hours is a ticket. Below 1: within the budget.",
-            [
-                (
-                    f"{_refused(window)} / ({_images(window, by='')} + {_refused(window)}) / 0.01",
-                    window,
-                )
-                for window in ("5m", "1h", "6h")
-            ],
+            [(f"{_unanswered(window)} / 0.01", window) for window in ("5m", "1h", "6h")],
         ),
         _graph(
             "Share of time that devices compute",
@@ -556,6 +548,12 @@ def _ood(window: str, *, by: str = BY_VERSION) -> str:
     return f"sum {by} (increase({images}[{window}]))".replace("  ", " ")
 
 
+def _p_values(series: str, up_to: str = "") -> str:
+    """Images whose p-value is at most a bound (``bucket``), or all of them (``count``)."""
+    bound = f', le="{up_to}"' if up_to else ""
+    return f"sum {BY_VERSION} (increase(normgate_p_value_{series}{{{VERSIONS}{bound}}}[$window]))"
+
+
 def _refused(window: str) -> str:
     """What the service refused or failed through its own doing."""
     reasons = "queue_full|memory|not_ready|deadline|upstream|failed"
@@ -567,7 +565,17 @@ def _wilson(sign: str) -> str:
     """One end of the 95 % Wilson interval of the OOD rate, from counts."""
     ood, images = _ood("$window"), _images("$window")
     spread = f"1.96 * sqrt({ood} * ({images} - {ood}) / {images} + 0.96)"
-    return f"({ood} + 1.92 {sign} {spread}) / ({images} + 3.84)"
+    return f"({ood} + 1.92 {sign} {spread}) / (({images} > 0) + 3.84)"
+
+
+def _share(part: str, whole: str) -> str:
+    """Their quotient, and nothing for a version that has scored nothing, as a shadow has."""
+    return f"{part} / ({whole} > 0)"
+
+
+def _unanswered(window: str) -> str:
+    """Of what was asked, the share that got no verdict."""
+    return _share(_refused(window), f"{_images(window, by='')} + {_refused(window)}")
 
 
 def _quantile(share: float, stage: str, *, window: str) -> str:

@@ -1,0 +1,238 @@
+"""A real Prometheus scrapes the real server; every expression that we ship is asked of it."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Final
+
+import httpx
+import pytest
+
+from tests.test_proxy_server import free_port, program, replaced, running
+from tests.test_server import ROOT, START_S, STORE, Server, serving
+from tests.versions import add_version, move_threshold
+
+pytestmark = pytest.mark.prometheus
+
+DEPLOY: Final = ROOT / "deploy" / "prometheus"
+DASHBOARD: Final = json.loads((ROOT / "deploy/grafana/dashboards/normgate.json").read_text())
+EXAMPLES: Final = ROOT / "docs" / "examples"
+TOKEN: Final = "a token of this test"
+MODEL: Final = "cifar10-resnet18"
+PICTURES: Final = ("ship", "automobile", "truck", "noise", "gradient", "text")
+WAIT_S: Final = 60
+RANGE_S: Final = 20
+
+VARIABLES: Final = {
+    "$__rate_interval": "20s",
+    "$window": "1m",
+    "$job": ".*",
+    "$instance": ".*",
+    "$model": ".*",
+    "$version": ".*",
+}
+MAY_BE_EMPTY: Final = {
+    "Labels given": "nobody labels images here: the review queue is off",
+}
+"""Panels of the dashboard that need not show anything, and why."""
+SILENT: Final = {
+    "NormGateOodRateAboveAlpha": "needs 400 images of a day",
+    "NormGateNoTraffic": "there is traffic",
+    "NormGateBudgetBurnsFast": "nothing is refused but a file that is no image",
+    "NormGateBudgetBurnsSlowly": "the same",
+    "NormGateInstanceNotReady": "the instance is ready",
+    "NormGateNoneReady": "the same",
+    "NormGateQueueWait": "no image waits a second",
+}
+"""Alerts whose expressions are empty here, and why; those of the others hold."""
+
+
+class Prometheus:
+    """A running Prometheus, asked through its HTTP API."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self._client = client
+
+    def get(self, path: str, parameters: Mapping[str, Any] | None = None) -> Any:
+        """The data of an answer, which must be a success."""
+        response = self._client.get(f"/api/v1/{path}", params=dict(parameters or {}))
+        answer = response.json()
+        assert answer["status"] == "success", (parameters, answer)
+        assert not answer.get("warnings"), (parameters, answer)
+        return answer["data"]
+
+    def now(self, expression: str) -> Sequence[Any]:
+        """The series of an expression at this moment."""
+        data = self.get("query", {"query": expression})
+        assert data["resultType"] == "vector"
+        result: Sequence[Any] = data["result"]
+        return result
+
+    def lately(self, expression: str) -> Sequence[Any]:
+        """The series of an expression over the last seconds, as a panel asks for them."""
+        until = time.time()
+        data = self.get(
+            "query_range",
+            {"query": expression, "start": until - RANGE_S, "end": until, "step": "1s"},
+        )
+        assert data["resultType"] == "matrix"
+        result: Sequence[Any] = data["result"]
+        return result
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with an active version and a shadow whose threshold is higher."""
+    store = tmp_path_factory.mktemp("store")
+    shutil.copytree(STORE / MODEL, store / MODEL)
+    with serving(["--model-store", str(store), "--admin-token", TOKEN]) as started:
+        move_threshold(add_version(store / MODEL, 2), rank=4_000)
+        url = f"{started.url}/v1/models/{MODEL}/versions/2/shadow?share=1"
+        answer = httpx.post(url, headers={"X-API-Key": TOKEN}, timeout=START_S)
+        assert answer.status_code == 200, answer.text
+        yield started
+
+
+@pytest.fixture(scope="module")
+def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """Prometheus with the shipped rules, once it has seen mixed traffic."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    changes = [
+        ("scrape_interval: 15s", "scrape_interval: 1s"),
+        ("evaluation_interval: 15s", "evaluation_interval: 1s"),
+        ("rules/*.yml", f"{DEPLOY}/rules/*.yml"),
+        ("normgate:8000", httpx.URL(server.url).netloc.decode()),
+    ]
+    (folder / "prometheus.yml").write_text(replaced(DEPLOY / "prometheus.yml", changes))
+    port = free_port()
+    command = [
+        program("prometheus"),
+        f"--config.file={folder}/prometheus.yml",
+        f"--storage.tsdb.path={folder}/data",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(running(command, until="Server is ready to receive web requests"))
+        url = f"http://127.0.0.1:{port}"
+        asked = Prometheus(stack.enter_context(httpx.Client(base_url=url, timeout=START_S)))
+        client = stack.enter_context(httpx.Client(base_url=server.url, timeout=START_S))
+        _send_until_seen(client, asked)
+        yield asked
+
+
+def _send_until_seen(client: httpx.Client, asked: Prometheus) -> None:
+    """Send images, odd ones and a broken one, until Prometheus knows of enough of them."""
+    pictures = [(EXAMPLES / f"{name}.jpg").read_bytes() for name in PICTURES]
+    # The rate of a counter needs samples from before and after it has risen.
+    seen = (
+        "sum(increase(normgate_shadow_disagreements_total[1m])) > 0"
+        ' and sum(increase(normgate_rejected_total{reason="unsupported"}[20s])) > 0'
+        " and sum(job_model_version:normgate_images:increase1h) > 150"
+        ' and sum(ALERTS{alertname="NormGateDrift"}) > 0'
+    )
+    until = time.monotonic() + WAIT_S
+    while not asked.now(seen):
+        assert time.monotonic() < until, "Prometheus has not seen the traffic"
+        for picture in pictures:
+            assert client.post("/v1/score", content=picture).status_code == 200
+        assert client.post("/v1/score", content=b"no image").status_code == 415
+
+
+def _panels() -> Sequence[Mapping[str, Any]]:
+    return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+
+
+def _filled_in(expression: str) -> str:
+    """The expression with a value for each of the dashboard's variables."""
+    for name, value in VARIABLES.items():
+        expression = expression.replace(name, value)
+    assert "$" not in expression, expression
+    return expression
+
+
+@pytest.mark.parametrize("panel", _panels(), ids=lambda panel: str(panel["title"]))
+def test_panels(prometheus: Prometheus, panel: Mapping[str, Any]) -> None:
+    """Every query of a panel finds series, with numbers and the labels that name them."""
+    for target in panel["targets"]:
+        ask = prometheus.now if target.get("instant") else prometheus.lately
+        series = ask(_filled_in(target["expr"]))
+        if panel["title"] in MAY_BE_EMPTY:
+            continue
+
+        assert series, target["expr"]
+        named = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+        for one in series:
+            assert named <= one["metric"].keys()
+            samples = one.get("values") or [one["value"]]
+            assert any(value != "NaN" for _, value in samples), one
+
+
+def test_version_markers(prometheus: Prometheus) -> None:
+    """The version that has begun to answer is marked; the shadow is not."""
+    [markers] = DASHBOARD["annotations"]["list"]
+    [series] = prometheus.lately(_filled_in(markers["expr"]))
+
+    assert series["metric"] == {"model": MODEL, "version": "1"}
+
+
+def test_variables(prometheus: Prometheus) -> None:
+    """Each variable offers what is there."""
+    offered = {}
+    for variable in DASHBOARD["templating"]["list"]:
+        if variable["type"] == "query":
+            found = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
+            assert found is not None
+            selector, label = _filled_in(found[1]), found[2]
+            offered[variable["name"]] = prometheus.get(
+                f"label/{label}/values", {"match[]": selector}
+            )
+
+    assert offered["job"] == ["normgate"]
+    assert len(offered["instance"]) == 1
+    assert offered["model"] == [MODEL]
+    assert offered["version"] == ["1", "2"]
+
+
+def test_rules(prometheus: Prometheus) -> None:
+    """Every recording rule gives numbers; an alert's condition holds exactly where it should."""
+    rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+    alerts = [rule["name"] for rule in rules if rule["type"] == "alerting"]
+
+    assert {rule["health"] for rule in rules} == {"ok"}
+    for rule in rules:
+        series = prometheus.now(rule["query"])
+        if rule["name"] in SILENT:
+            assert not series, rule["name"]
+        else:
+            assert series, rule["name"]
+            assert all(one["value"][1] != "NaN" for one in series), rule["name"]
+            assert all(one["metric"]["job"] == "normgate" for one in series), rule["name"]
+    assert set(SILENT) < set(alerts)
+
+
+def test_alerts(prometheus: Prometheus) -> None:
+    """Half of the images OOD: the drift alert fires; the OOD rate has to last before it pages."""
+    states = {
+        one["metric"]["alertname"]: one["metric"]["alertstate"] for one in prometheus.now("ALERTS")
+    }
+
+    assert states == {"NormGateDrift": "firing", "NormGateOodRateFarAboveAlpha": "pending"}
+
+
+@pytest.mark.usefixtures("prometheus")
+def test_names_and_helps(server: Server) -> None:
+    """The linter of metrics has nothing to say about a server that has been used."""
+    metrics = httpx.get(f"{server.url}/metrics", timeout=START_S).text
+    checked = subprocess.run(
+        [program("promtool"), "check", "metrics"],
+        input=metrics,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
