@@ -216,8 +216,9 @@ async function undo() {
   const last = state.done.pop();
   $("undo").disabled = !state.done.length;
   if (!last) return;
-  await put(last.card, last.before);
+  const stored = put(last.card, last.before);
   activate(state.cards.indexOf(last.card));
+  await stored;
   $("said").textContent = `Undone: ${WORDS[last.before]}; ${state.counts.unlabelled} left`;
 }
 
