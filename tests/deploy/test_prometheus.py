@@ -12,7 +12,7 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from tests.test_proxy_server import free_port, program, replaced, running
+from tests.test_proxy_server import free_port, port_of, program, replaced, running
 from tests.test_server import ROOT, START_S, STORE, Server, serving
 from tests.versions import add_version, move_threshold
 
@@ -101,11 +101,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Prometheus with the shipped rules, once it has seen mixed traffic."""
     folder = tmp_path_factory.mktemp("prometheus")
+    server_port = port_of(server.url)
     changes = [
         ("scrape_interval: 15s", "scrape_interval: 1s"),
         ("evaluation_interval: 15s", "evaluation_interval: 1s"),
         ("rules/*.yml", f"{DEPLOY}/rules/*.yml"),
-        ("normgate:8000", httpx.URL(server.url).netloc.decode()),
+        # The same server twice: queries must not mistake two instances for one.
+        ('"normgate:8000"', f'"127.0.0.1:{server_port}", "localhost:{server_port}"'),
     ]
     (folder / "prometheus.yml").write_text(replaced(DEPLOY / "prometheus.yml", changes))
     port = free_port()
@@ -133,6 +135,7 @@ def _send_until_seen(client: httpx.Client, asked: Prometheus) -> None:
         ' and sum(increase(normgate_rejected_total{reason="unsupported"}[20s])) > 0'
         " and sum(job_model_version:normgate_images:increase1h) > 150"
         ' and sum(ALERTS{alertname="NormGateDrift"}) > 0'
+        ' and sum(ALERTS{alertname="NormGateOodRateFarAboveAlpha"}) > 0'
     )
     until = time.monotonic() + WAIT_S
     while not asked.now(seen):
@@ -192,7 +195,7 @@ def test_variables(prometheus: Prometheus) -> None:
             )
 
     assert offered["job"] == ["normgate"]
-    assert len(offered["instance"]) == 1
+    assert len(offered["instance"]) == 2
     assert offered["model"] == [MODEL]
     assert offered["version"] == ["1", "2"]
 
@@ -216,11 +219,44 @@ def test_rules(prometheus: Prometheus) -> None:
 
 def test_alerts(prometheus: Prometheus) -> None:
     """Half of the images OOD: the drift alert fires; the OOD rate has to last before it pages."""
-    states = {
-        one["metric"]["alertname"]: one["metric"]["alertstate"] for one in prometheus.now("ALERTS")
+    raised = [one["metric"] for one in prometheus.now("ALERTS")]
+    states = {(one["alertname"], one["version"]): one["alertstate"] for one in raised}
+    until_it_pages = states.pop(("NormGateOodRateFarAboveAlpha", "1"))
+
+    assert until_it_pages == "pending"
+    assert states == {("NormGateDrift", "1"): "firing"}
+
+
+def test_several_instances(prometheus: Prometheus) -> None:
+    """Two instances are twice the images, and the same OOD rate with a narrower interval."""
+    expressions = {
+        target["legendFormat"]: _filled_in(target["expr"])
+        for panel in _panels()
+        for target in panel["targets"]
+    }
+    single = {
+        name: expression.replace('instance=~".*"', 'instance=~"localhost.*"')
+        for name, expression in expressions.items()
     }
 
-    assert states == {"NormGateDrift": "firing", "NormGateOodRateFarAboveAlpha": "pending"}
+    def value(expression: str) -> float:
+        [series] = [
+            one for one in prometheus.now(expression) if one["metric"].get("version", "1") == "1"
+        ]
+        return float(series["value"][1])
+
+    rate, lower, upper = (
+        f"{{{{model}}}}/{{{{version}}}} {end}" for end in ("rate", "lower", "upper")
+    )
+    assert value(expressions["Ready instances"]) == 2 * value(single["Ready instances"]) == 2
+    assert value(expressions[rate]) == pytest.approx(value(single[rate]), abs=0.1)
+    assert (
+        value(single[lower])
+        < value(expressions[lower])
+        < value(expressions[rate])
+        < value(expressions[upper])
+        < value(single[upper])
+    )
 
 
 @pytest.mark.usefixtures("prometheus")
