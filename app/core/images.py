@@ -57,6 +57,9 @@ _MARKER: Final = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)
 _START_OF_SCAN: Final = b"\xda"
 _END_OF_IMAGE: Final = b"\xd9"
 _STRIP_PIXELS: Final = 2**20
+_SMALL_FILE: Final = 2**16
+_MODES: Final = {"Gray": "L", "YCbCr": "RGB", "RGB": "RGB"}
+"""Pillow's names of the colours of a JPEG that the decoder makes RGB."""
 
 # What Pillow and its plugins raise on hostile bytes, beside its documented OSError.
 _DECODE_ERRORS: Final = (
@@ -105,14 +108,7 @@ def read_header(
         ImageTooLargeError: the image has more than ``max_pixels`` pixels, or ``max_scans`` scans.
         UndecodableImageError: the header is truncated or corrupt.
     """
-    with _open(data) as image:
-        header = ImageHeader(
-            format=_sniff(data),
-            width=image.width,
-            height=image.height,
-            mode=image.mode,
-            orientation=_orientation(image),
-        )
+    header = _plain_jpeg_header(data) or _header_by_pillow(data)
     if header.pixels > max_pixels:
         raise ImageTooLargeError(
             f"image is {header.width}x{header.height} pixels ({header.pixels / 1e6:.1f} MP); "
@@ -193,8 +189,9 @@ class Preprocessing(BaseModel):
                 interpolation=InterpolationMode(self.interpolation),
                 antialias=self.antialias,
             )
-        cropped: Tensor = transforms.center_crop(image, [self.crop, self.crop])
-        return cropped.contiguous()
+        if image.shape[1:] != (self.crop, self.crop):
+            image = transforms.center_crop(image, [self.crop, self.crop])
+        return image.contiguous()
 
     def normalise(self, images: Tensor) -> Tensor:
         """Network input from uint8 images.
@@ -261,6 +258,36 @@ class _Pieces(io.BytesIO):
             raise UndecodableImageError(f"image is in more than {MAX_READS} pieces, the limit")
         self._left -= 1
         return super().read(size)
+
+
+def _plain_jpeg_header(data: bytes) -> ImageHeader | None:
+    """The header of a small JPEG that the decoder can read and that lies upright; else None.
+
+    Pillow takes several times as long for it as the decoder for the pixels of a small image.
+    """
+    # In a large file there is room for more pieces than anybody should walk through.
+    if len(data) > _SMALL_FILE or _sniff(data) != "JPEG":
+        return None
+    # Pillow takes an orientation from EXIF or, failing that, from XMP.
+    if b"Exif" in data or b"Orientation" in data:
+        return None
+    try:
+        height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None  # for Pillow to say what is wrong
+    mode = _MODES.get(colour)
+    return None if mode is None else ImageHeader("JPEG", width, height, mode, orientation=1)
+
+
+def _header_by_pillow(data: bytes) -> ImageHeader:
+    with _open(data) as image:
+        return ImageHeader(
+            format=_sniff(data),
+            width=image.width,
+            height=image.height,
+            mode=image.mode,
+            orientation=_orientation(image),
+        )
 
 
 def _sniff(data: bytes) -> str:

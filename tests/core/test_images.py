@@ -224,6 +224,27 @@ def test_turned_image_loads(orientation: int) -> None:
     assert (tensor.int() - upright.int()).abs().max() <= 3
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_header_of_a_plain_jpeg(mode: str) -> None:
+    """A small JPEG without EXIF has the header that Pillow reads, whoever reads it."""
+    file = io.BytesIO()
+    Image.new(mode, (40, 30)).save(file, "JPEG")
+
+    header = read_header(file.getvalue())
+
+    assert header == ImageHeader("JPEG", 40, 30, mode, orientation=1)
+
+
+def test_orientation_in_xmp() -> None:
+    """An orientation that stands in XMP alone is followed, as Pillow follows it."""
+    file = io.BytesIO()
+    packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    Image.new("RGB", (40, 30)).save(file, "JPEG", xmp=packet)
+
+    assert read_header(file.getvalue()).orientation == 6
+    assert decode(file.getvalue()).shape == (40, 30, 3)
+
+
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_orientation_out_of_range(orientation: int) -> None:
     """An orientation that does not exist leaves the image as it is stored."""
