@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CHECKED := app tests benchmarks deploy docs
 
-.PHONY: install serve test lint format data evaluate overload gate-latency dashboard drift
+.PHONY: install serve test lint lint-kubernetes format data evaluate overload gate-latency dashboard kubernetes drift
 
 install: $(INSTALLED)
 
@@ -31,6 +31,16 @@ lint: install
 	    promtool check config deploy/prometheus/prometheus.yml && \
 	    promtool test rules deploy/prometheus/tests/*_test.yml; \
 	else echo "promtool is not installed: the rules for Prometheus were not checked"; fi
+	@if command -v kubectl > /dev/null; then $(BIN)/python -m deploy.kubernetes.check; \
+	else echo "kubectl is not installed: the manifests for Kubernetes were not checked"; fi
+
+# Checkov's policies on the rendered manifests. Its many dependencies stay out of the environment.
+lint-kubernetes: install
+	test -x build/checkov/bin/checkov || $(PYTHON) -m venv build/checkov
+	build/checkov/bin/python -m pip install --quiet --disable-pip-version-check checkov
+	$(BIN)/python -m deploy.kubernetes.check build/kubernetes
+	build/checkov/bin/checkov --directory build/kubernetes --framework kubernetes --compact --quiet \
+	    --skip-download
 
 format: install
 	$(BIN)/ruff format $(CHECKED)
@@ -39,6 +49,10 @@ format: install
 # Grafana's dashboard, from its script.
 dashboard: install
 	$(BIN)/python -m deploy.grafana.dashboard
+
+# The manifests that are made of other files under deploy/.
+kubernetes: install
+	$(BIN)/python -m deploy.kubernetes.generate
 
 # The research images, unpacked into build/data.
 data: install

@@ -273,9 +273,13 @@ def _drift() -> Sequence[Panel]:
         ),
         _states(
             "Drift alarm",
-            "1 from the moment the evidence crossed its bound on any instance until somebody resets"
-            " the test or another version answers. 1: follow the runbook of NormGateDrift.",
-            [(_worst("normgate_drift_alarm"), NAME)],
+            "1 from the moment the evidence crossed its bound until somebody resets the test or"
+            " another version answers: of all instances together (1 as soon as one has it) and of"
+            " each. 1: follow the runbook of NormGateDrift. One instance only: its callers differ.",
+            [
+                (_worst("normgate_drift_alarm"), NAME),
+                (f"normgate_drift_alarm{{{VERSIONS}}}", f"{NAME} {{{{instance}}}}"),
+            ],
         ),
         _graph(
             "OOD rate of single instances",
