@@ -1,6 +1,6 @@
 """The manifests, rendered and held against the schemas of Kubernetes; a part of ``make lint``.
 
-``python -m deploy.kubernetes.check FOLDER`` leaves what was rendered in the folder. kubectl is needed.
+``python -m deploy.kubernetes.check FOLDER`` leaves what was rendered there. It runs kubectl.
 """
 
 import os
@@ -18,7 +18,7 @@ HERE: Final = Path(__file__).resolve().parent
 OVERLAYS: Final = sorted(path.name for path in (HERE / "overlays").iterdir())
 COMPONENTS: Final = sorted(path.name for path in (HERE / "components").iterdir())
 VERSIONS: Final = ("1.30", "1.37")
-"""The oldest Kubernetes that knows every field used here, and the newest whose schemas are there."""
+"""The oldest Kubernetes that knows every field used here, and the newest with schemas."""
 CUSTOM: Final = frozenset({"PrometheusRule", "ScaledObject", "ServiceMonitor"})
 """Kinds that operators bring, whose schemas Kubernetes does not have."""
 _WITH_COMPONENT: Final = """\
