@@ -86,7 +86,7 @@ def replace_scores(store: Store, scores: NDArray[Any] | None) -> None:
 
 def write_again(store: Store, loaded: LoadedBundle, *, version: int) -> Path:
     """Write a bundle's content as another version."""
-    return store.write(
+    written = store.write(
         lambda digest: loaded.bundle.model_copy(
             update={"version": version, "weights_sha256": digest}
         ),
@@ -94,6 +94,7 @@ def write_again(store: Store, loaded: LoadedBundle, *, version: int) -> Path:
         weights=loaded.weights,
         calibration_scores=loaded.calibration_scores,
     )
+    return Path(written)
 
 
 def left_in(folder: Path) -> list[str]:

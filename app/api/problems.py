@@ -29,6 +29,7 @@ from app.errors import (
     NotReadyError,
     QueueFullError,
     RequestTooLargeError,
+    StoreUnavailableError,
     UnauthorizedError,
     UndecodableImageError,
     UnsupportedImageError,
@@ -57,6 +58,7 @@ STATUS: Final[Mapping[type[NormGateError], int]] = {
     ForwardError: 500,
     UpstreamError: 502,
     NotReadyError: 503,
+    StoreUnavailableError: 503,
     DeadlineExceededError: 504,
     UpstreamTimeoutError: 504,
 }
@@ -65,6 +67,7 @@ REASONS: Final[Mapping[type[NormGateError], RejectReason]] = {
     BundleNotFoundError: "malformed",
     ActivationError: "failed",
     BundleError: "failed",
+    StoreUnavailableError: "failed",
     UnauthorizedError: "unauthorized",
     ForbiddenError: "unauthorized",
     RequestTooLargeError: "too_large",
@@ -149,7 +152,7 @@ def error_response(request: Request, error: NormGateError, metrics: Metrics) -> 
     status = STATUS.get(type(error), 500)
     detail = str(error) if status != 500 else "the server failed on this request"
     headers = {}
-    if isinstance(error, BusyError | NotReadyError):
+    if isinstance(error, BusyError | NotReadyError | StoreUnavailableError):
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, DeadlineExceededError):
         headers["Retry-After"] = str(request.app.state.service.retry_after_s())
