@@ -301,5 +301,7 @@ def _open(url: str, *, title: str) -> tuple[Any, str]:
     except (ValueError, TypeError) as error:
         raise BundleError(f"NORMGATE_MODEL_STORE is {title}: {error}") from error
     if is_s3:
+        if not base.strip("/"):
+            raise BundleError(f"NORMGATE_MODEL_STORE is {url}: it names no bucket")
         files.retries = 1
     return files, str(base)

@@ -36,7 +36,7 @@ _DECODES_A_THREAD: Final = 4
 """Images of one request that are being decoded, or wait for it, for each thread."""
 _SHADOW_BATCHES: Final = 4
 """Batches of images that may be on their way to a shadow; more are not shown to it."""
-_LONGEST_PAUSE_S: Final = 60
+_LONGEST_PAUSE_S: Final = 10
 """Between two searches of a store that cannot be reached."""
 _MOST_DOUBLINGS: Final = 16
 
