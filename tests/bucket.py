@@ -20,7 +20,7 @@ Answer = tuple[str, str]
 """An HTTP status line and an S3 error code."""
 
 
-class _QuietHandler(MotoRequestHandler):  # type: ignore[misc]
+class _QuietHandler(MotoRequestHandler):
     def log_request(self, *_: object) -> None:
         pass
 

@@ -32,11 +32,12 @@ Requests = list[tuple[str, str]]
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bucket]:
     """An empty bucket, which this process and those it starts know of."""
     bucket = Bucket()
     for name, value in bucket.environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NORMGATE_MODEL_CACHE", str(tmp_path / "cache"))
     # Clients are kept by their arguments, and the address is none of them.
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     bucket.files().mkdir(bucket.name)
@@ -365,8 +366,8 @@ def test_a_fleet_follows_the_pointer(
     told()
 
     assert set(load.outcomes) == set(other.outcomes) == {200}
-    # One line of each server, and one of the start from copies.
-    assert seen.count("the store cannot be reached") == 4
+    # One line of each server that looked meanwhile, and one of the start from copies.
+    assert seen.count("what is loaded serves on") in (2, 3)
     assert seen.count("the store cannot be reached, the cache serves") == 1
     assert SECRET not in seen
 

@@ -154,7 +154,7 @@ class ScoringService:
                 await self.refresh()
             except StoreUnavailableError as error:
                 if failures == 0:
-                    logger.warning("the store cannot be reached: %s", error)
+                    logger.warning("%s; what is loaded serves on", error)
                 failures = min(failures + 1, _MOST_DOUBLINGS)
             except Exception:
                 logger.exception("the store could not be searched for new versions")
