@@ -326,6 +326,7 @@ def active(server: Server) -> int:
     return int(answer.json()["active_version"])
 
 
+@pytest.mark.slow
 def test_a_fleet_follows_the_pointer(
     bucket: Bucket,
     folder: Store,
