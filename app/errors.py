@@ -11,6 +11,7 @@
     ├── CalibrationError             the images cannot carry the calibration asked for
     ├── BundleError                  a bundle is missing, damaged or not for this installation
     │   ├── BundleNotFoundError      no bundle of that name and version
+    │   ├── StoreUnavailableError    the store cannot be reached now
     │   └── ActivationError          a bundle cannot serve; what answered before still does
     ├── ReviewError                  a review queue cannot be exported as it is
     ├── SettingsError                a setting is unknown or out of bounds
@@ -65,6 +66,12 @@ class BundleError(NormGateError):
 
 class BundleNotFoundError(BundleError):
     """No bundle of that name and version."""
+
+
+class StoreUnavailableError(BundleError):
+    """The store cannot be reached now; nothing is said of what it holds."""
+
+    retry_after_s = 10
 
 
 class ActivationError(BundleError):

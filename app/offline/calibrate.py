@@ -104,7 +104,8 @@ class Calibration:
     """A bundle just written, and where."""
 
     bundle: Bundle
-    folder: Path
+    folder: Path | str
+    """Of a store that is no folder, the URL."""
 
 
 def calibrate(options: CalibrationOptions, store: Store, *, progress: Progress) -> Calibration:
