@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.core.engines import EngineName
 from app.store import Bundle
 
 
@@ -86,6 +87,7 @@ class ModelVersion(BaseModel):
 
     is_active: bool
     state: Literal["active", "loaded", "shadow", "stored", "failed"]
+    engines: list[EngineName] = Field(description="What runs it; none while it is not loaded.")
     bundle: Bundle
 
 

@@ -1,5 +1,6 @@
 """What runs the network for a detector: torch, or another engine that gives the same scores."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from app.core.blocks import Block, BlockNorms
+from app.core.cuda import PinnedCopies, use_whole_fp32
 from app.core.images import Preprocessing
 
 EngineName = Literal["torch", "onnxruntime"]
@@ -65,7 +67,11 @@ class TorchEngine:
         self._block = block
         self._preprocessing = preprocessing
         self._head = head
-        self._device = next(network.parameters()).device
+        device = next(network.parameters()).device
+        self._to_device: Callable[[Tensor], Tensor] = lambda images: images.to(device)
+        if device.type == "cuda":
+            use_whole_fp32()
+            self._to_device = PinnedCopies(device).to_device
 
     @torch.inference_mode()
     def run(self, images: Tensor) -> Outputs:
@@ -83,4 +89,4 @@ class TorchEngine:
         return self._norms.run_to_last_block(self._inputs(images))[self._block.name]
 
     def _inputs(self, images: Tensor) -> Tensor:
-        return self._preprocessing.normalise(images.to(self._device))
+        return self._preprocessing.normalise(self._to_device(images))

@@ -17,6 +17,7 @@ import torch
 
 from app.core.allocator import return_memory
 from app.core.detector import Detector
+from app.core.engines import EngineName
 from app.errors import (
     ActivationError,
     BundleError,
@@ -209,6 +210,14 @@ class ModelPool:
         return [
             self.state(name, version) for name in sorted(stored) for version in sorted(stored[name])
         ]
+
+    def engines(self, name: str, version: int) -> list[EngineName]:
+        """What runs a version on the devices; nothing while it is not loaded."""
+        model = self._models.get(name)
+        loaded = {} if model is None else model.loaded()
+        if version not in loaded:
+            return []
+        return sorted({detector.engine for detector in loaded[version].detectors.values()})
 
     def describe(self, name: str, version: int) -> Bundle:
         """The bundle of a version, from memory or from the store.
