@@ -30,6 +30,15 @@ ARCHIVE = archive_folder() / "cifar10.zip"
 THREADS = 1
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small networks gain nothing from more, and lose a lot where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
 def noise(count: int, side: int = 32) -> Tensor:
     """``[count, 3, side, side]`` uint8."""
     generator = torch.Generator().manual_seed(0)
