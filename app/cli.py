@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_evaluate(commands)
     _add_score(commands)
+    _add_export(commands)
     _add_models(commands)
     _add_review(commands)
     return parser
@@ -377,6 +378,31 @@ def _score(options: argparse.Namespace) -> None:
             device=options.device,
         )
     print_score_summary(summary, options.out)
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="let ONNX Runtime serve a bundle",
+        description="Exports the bundle's network to ONNX graphs beside its weights, once they "
+        "score a few images as torch does; normgate serve then runs them where onnxruntime is "
+        "installed.",
+    )
+    parser.add_argument("--bundle", required=True, metavar="NAME[/VERSION]")
+    _add_model_store(parser)
+    parser.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from app.offline.export import export
+
+    name, version = _bundle_id(options.bundle)
+    settings = _offline_settings(options)
+    if isinstance(settings.model_store, str):
+        raise NormGateError(f"{settings.model_store} is no folder: export in one, then push")
+    loaded = _store(settings).load(name, version, allowed_factories=settings.allowed_factories)
+    written = export(loaded)
+    print(f"{written.folder}: {written.size / 1000:.0f} kB, and the weights stay where they are")
 
 
 def _add_models(commands: Any) -> None:

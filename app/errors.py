@@ -12,7 +12,10 @@
     ├── BundleError                  a bundle is missing, damaged or not for this installation
     │   ├── BundleNotFoundError      no bundle of that name and version
     │   ├── StoreUnavailableError    the store cannot be reached now
-    │   └── ActivationError          a bundle cannot serve; what answered before still does
+    │   ├── ActivationError          a bundle cannot serve; what answered before still does
+    │   └── EngineError              an engine cannot run the bundle, or scores otherwise
+    │       ├── NoEngineError        the engine, or its exporter, is not installed
+    │       └── NoGraphsError        nothing was exported for the engine
     ├── ReviewError                  a review queue cannot be exported as it is
     ├── SettingsError                a setting is unknown or out of bounds
     └── ServingError                 a request cannot be answered now, or ever
@@ -80,6 +83,18 @@ class ActivationError(BundleError):
 
 class ReviewError(NormGateError):
     """A review queue cannot be exported as it is."""
+
+
+class EngineError(BundleError):
+    """An engine cannot run the bundle's network, or does not score as torch does."""
+
+
+class NoEngineError(EngineError):
+    """The engine, or what exports for it, is not installed."""
+
+
+class NoGraphsError(EngineError):
+    """The bundle has no graphs for the engine."""
 
 
 class SettingsError(NormGateError):

@@ -18,7 +18,14 @@ from typing import Any, Final, TypeVar
 import structlog
 
 from app.errors import BundleError, StoreUnavailableError
-from app.storage import BUNDLE_FILE, POINTER_FILE, WEIGHTS_FILE, FolderStorage, verified
+from app.storage import (
+    BUNDLE_FILE,
+    GRAPHS_FOLDER,
+    POINTER_FILE,
+    WEIGHTS_FILE,
+    FolderStorage,
+    verified,
+)
 
 logger: Final = structlog.get_logger(__name__)
 
@@ -109,7 +116,8 @@ class ObjectStorage:
             except OSError as error:
                 raise BundleError(f"{where} cannot be read: it is not there") from error
             verified(content, sha256=sha256, where=where)
-            self._keep(name, version, {WEIGHTS_FILE: content, BUNDLE_FILE: description})
+            kept = {WEIGHTS_FILE: content, BUNDLE_FILE: description}
+            self._keep(name, version, kept | self._graphs(name, version))
         return content
 
     def add(self, name: str, version: int, files: Mapping[str, bytes]) -> None:
@@ -225,6 +233,12 @@ class ObjectStorage:
             self._copies.forget_pointer(name)
         elif content != self._copies.pointer(name) and self._has_copy(name, _pointed(content)):
             self._copies.point(name, content)
+
+    def _graphs(self, name: str, version: int) -> dict[str, bytes]:
+        """The files for another engine, which looks at them itself before it trusts them."""
+        folder = f"{GRAPHS_FOLDER}/"
+        files = [file for file in self.files(name, version) if file.startswith(folder)]
+        return {file: self.read(name, version, file) for file in files}
 
     def _has_copy(self, name: str, version: object) -> bool:
         return version in self._copies.versions(name)

@@ -14,6 +14,7 @@ from app.errors import BundleError
 BUNDLE_FILE: Final = "bundle.json"
 WEIGHTS_FILE: Final = "weights.safetensors"
 POINTER_FILE: Final = "active.json"
+GRAPHS_FOLDER: Final = "onnx"
 
 
 class Storage(Protocol):

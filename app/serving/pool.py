@@ -17,10 +17,14 @@ import torch
 
 from app.core.allocator import return_memory
 from app.core.detector import Detector
+from app.core.engines import EngineName
 from app.errors import (
     ActivationError,
     BundleError,
     BundleNotFoundError,
+    EngineError,
+    NoEngineError,
+    NoGraphsError,
     StoreUnavailableError,
 )
 from app.serving.drift import DriftMonitor
@@ -242,6 +246,14 @@ class ModelPool:
             self.state(name, version) for name in sorted(stored) for version in sorted(stored[name])
         ]
 
+    def engines(self, name: str, version: int) -> list[EngineName]:
+        """What runs a version on the devices; nothing while it is not loaded."""
+        model = self._models.get(name)
+        loaded = {} if model is None else model.loaded()
+        if version not in loaded:
+            return []
+        return sorted({detector.engine for detector in loaded[version].detectors.values()})
+
     def describe(self, name: str, version: int) -> Bundle:
         """The bundle of a version, from memory or from the store.
 
@@ -461,10 +473,9 @@ class ModelPool:
         started = time.monotonic()
         stored = self._read(name, version, store)
         bundle = stored.bundle
-        detectors = {device: stored.detector(device=device) for device in self._devices}
+        detectors = {device: self._detector(stored, device) for device in self._devices}
         for detector in detectors.values():
             self._warm_up(detector, side=bundle.preprocessing.crop)
-        self._metrics.remember(bundle, load_seconds=time.monotonic() - started)
         drift = DriftMonitor(
             stored.calibration_scores,
             threshold=bundle.threshold,
@@ -473,6 +484,11 @@ class ModelPool:
             bound=self._settings.drift_false_alarm_bound,
         )
         self._metrics.drift.add(drift)
+        self._metrics.remember(
+            bundle,
+            load_seconds=time.monotonic() - started,
+            engines={detector.engine for detector in detectors.values()},
+        )
         self._search.failures.pop((name, version), None)
         return LoadedModel(
             bundle=bundle,
@@ -496,6 +512,24 @@ class ModelPool:
                 raise outage from None
             logger.warning("version loaded from the cache", model=name, reason=str(outage))
             return copy
+
+    def _detector(self, stored: LoadedBundle, device: str) -> Detector:
+        """A detector on the engine that the settings want; torch where another cannot run it."""
+        detector = stored.detector(device=device)
+        wanted = self._settings.engine
+        if wanted == "torch" or (wanted == "auto" and device != "cpu"):
+            return detector
+        if device != "cpu":
+            raise EngineError(f"onnxruntime runs networks on the CPU, not on {device}")
+        try:
+            return stored.on_onnxruntime(detector)
+        except EngineError as error:
+            if wanted == "onnxruntime":
+                raise
+            is_expected = isinstance(error, NoEngineError | NoGraphsError)
+            log = logger.info if is_expected else logger.warning
+            log("torch runs the network", device=device, reason=str(error))
+            return detector
 
     def _warm_up(self, detector: Detector, *, side: int) -> None:
         """Passes at both ends of the batch sizes, so that no request pays for set-up."""
