@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CHECKED := app tests benchmarks docs
 
-.PHONY: install serve test lint format data evaluate overload gate-latency
+.PHONY: install serve test lint format data evaluate overload gate-latency peers bench bench-gpu soak
 
 install: $(INSTALLED)
 
@@ -50,3 +50,19 @@ overload: data
 # How long Envoy would wait for the gate.
 gate-latency: install
 	$(BIN)/python -m benchmarks.gate
+
+# The servers that NormGate is compared with, each in an environment of its own.
+peers: install
+	$(BIN)/python -m benchmarks.peers.environments
+
+# Every goal, met or missed; about 45 minutes on two cores. Needs wrk.
+bench: data peers
+	$(BIN)/python -m benchmarks.bench
+
+# The same tables on the first GPU, where there is one.
+bench-gpu: data peers
+	$(BIN)/python -m benchmarks.bench --part cases --device cuda:0
+
+# Memory under an hour of load.
+soak: data
+	$(BIN)/python -m benchmarks.soak

@@ -16,9 +16,11 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from rich.console import Console
 
 from benchmarks.bench import early_exit, startup, table, wrk
@@ -38,16 +40,19 @@ def main() -> int:
     """Measure what is asked for, then print the goals; 1 where something cannot be measured."""
     arguments = _parse()
     console = Console(width=160)
+    if arguments.device != "cpu" and not torch.cuda.is_available():
+        print(f"no CUDA device here: nothing is measured on {arguments.device}")
+        return 0
     problem = _problem(arguments)
     if problem:
         print(f"benchmark: {problem}", file=sys.stderr)
         return 1
-    OUTPUT.mkdir(parents=True, exist_ok=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Callable[[], None]] = {
         "cases": lambda: _cases(arguments, console),
         "gate": lambda: _gate(arguments, console),
         "startup": lambda: _startup(arguments, console),
-        "table": lambda: _table(console),
+        "table": lambda: _table(arguments.output, console),
     }
     for part in arguments.part or PARTS:
         parts.get(part, lambda part=part: _outside(part, arguments, console))()
@@ -73,6 +78,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of a measurement; default: the case's")
     parser.add_argument("--append", action="store_true", help="add turns to those of the last run")
     parser.add_argument("--quick", action="store_true", help="one turn of 1 s, two loads")
+    parser.add_argument("--device", default="cpu", help="of the cases, such as cuda:0")
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="of the JSON")
     parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs instead of the data set")
     return parser.parse_args()
 
@@ -95,9 +102,11 @@ def _cases(arguments: argparse.Namespace, console: Console) -> None:
         is_quick=arguments.quick,
     )
     for name in arguments.case or NAMES:
-        case = make_case(name, images=arguments.images)
+        case = replace(make_case(name, images=arguments.images), device=arguments.device)
         result = measure_case(case, options, report=_report)
-        result = _write(name, result, is_added=arguments.append)
+        # The table of goals is for the CPU.
+        file = name if case.device == "cpu" else f"{name}-{case.device.replace(':', '')}"
+        result = _write(file, result, arguments)
         table.print_case(result, console)
         table.print_goals(table.as_json(case_goals(result)), console)
 
@@ -107,14 +116,14 @@ def _gate(arguments: argparse.Namespace, console: Console) -> None:
     result = early_exit.measure_early_exit(
         turns=turns, seconds=1 if arguments.quick else arguments.seconds, report=_report
     )
-    result = _write("gate", result, is_added=arguments.append)
+    result = _write("gate", result, arguments)
     table.print_goals(table.as_json(early_exit.early_exit_goals(result)), console)
 
 
 def _startup(arguments: argparse.Namespace, console: Console) -> None:
     turns = arguments.turns or (1 if arguments.quick else _TURNS)
     result = startup.measure_startup(turns=turns, report=_report)
-    result = _write("startup", result, is_added=arguments.append)
+    result = _write("startup", result, arguments)
     table.print_goals(table.as_json(startup.startup_goals(result)), console)
 
 
@@ -130,29 +139,29 @@ def _outside(part: str, arguments: argparse.Namespace, console: Console) -> None
         console.print(f"[red]{part} failed with {done.returncode}[/red]")
 
 
-def _table(console: Console) -> None:
+def _table(folder: Path, console: Console) -> None:
     goals: list[dict[str, Any]] = []
     missing = []
     readers: dict[str, Callable[[dict[str, Any]], Any]] = dict.fromkeys(NAMES, case_goals)
     readers |= {"gate": early_exit.early_exit_goals, "startup": startup.startup_goals}
     for name, read in readers.items():
-        file = OUTPUT / f"{name}.json"
+        file = folder / f"{name}.json"
         if file.is_file():
             goals += table.as_json(read(json.loads(file.read_text(encoding="utf-8"))))
         else:
             missing.append(name)
-    others, not_there = table.outside_goals(OUTPUT)
+    others, not_there = table.outside_goals(folder)
     table.print_goals(goals + others, console)
     if missing + not_there:
         console.print(f"not measured: {', '.join(missing + not_there)}")
     written = json.dumps({"goals": goals + others}, indent=2)
-    (OUTPUT / "goals.json").write_text(written + "\n", encoding="utf-8")
+    (folder / "goals.json").write_text(written + "\n", encoding="utf-8")
 
 
-def _write(name: str, result: dict[str, Any], *, is_added: bool) -> dict[str, Any]:
+def _write(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """The result, with the turns of the last run before its own where they are wanted."""
-    file = OUTPUT / f"{name}.json"
-    if is_added and file.is_file():
+    file = arguments.output / f"{name}.json"
+    if arguments.append and file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         result = result | {"turns": [*before["turns"], *result["turns"]]}
     machine = {"processor": platform.processor() or platform.machine(), "cores": len(CORES)}

@@ -67,6 +67,8 @@ class Case:
     seconds: float
     loads: Sequence[Load]
     our_loads: Sequence[Load]
+    device: str = "cpu"
+    """That every server runs the network on."""
 
 
 def make_case(name: str, *, images: Path | None = None) -> Case:

@@ -167,7 +167,7 @@ def normgate(
     def command(case: Case, port: int) -> Sequence[str]:
         flags = ["--model-store", str(case.store), "--port", str(port)]
         flags += ["--max-batch-size", str(MAX_BATCH_SIZE), "--queue-size", "4096"]
-        flags += ["--deadline-ms", "60000", "--shutdown-grace-s", "0"]
+        flags += ["--deadline-ms", "60000", "--shutdown-grace-s", "0", "--devices", case.device]
         # The others write no line a request either.
         flags += ["--access-log-sample", "0", "--log-level", "error"]
         return [sys.executable, "-m", module, "serve", *flags]
@@ -218,6 +218,7 @@ def _peer(
             "PEER_PORT": str(port),
             "PEER_WORKERS": str(len(CORES)),
             "PEER_THREADS": "1",
+            "PEER_DEVICE": case.device,
             "PEER_FOLDER": str(environments.folder(peer) / "settings" / str(port)),
             "OMP_NUM_THREADS": "1",
         }

@@ -17,9 +17,11 @@ class Loader:
     Args:
         store: where the bundle lies.
         model: its name.
+        device: that the detectors run on.
     """
 
-    def __init__(self, store: Path, model: str) -> None:
+    def __init__(self, store: Path, model: str, *, device: str = "cpu") -> None:
+        self._device = device
         self._loaded = Store(store).load(model)
 
     @property
@@ -34,4 +36,4 @@ class Loader:
             engine: one of :func:`engines`.
             threads: of a forward pass, where the engine keeps threads of its own.
         """
-        return self._loaded.detector()
+        return self._loaded.detector(device=self._device)

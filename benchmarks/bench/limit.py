@@ -199,6 +199,7 @@ class LimitProcess:
 def limit(case: Case) -> Iterator[LimitProcess]:
     """The offline loop of a case, ended at the exit."""
     command = [sys.executable, "-m", "benchmarks.bench.limit", str(case.store), case.model]
+    command += [case.device]
     process = subprocess.Popen(
         [*command, *map(str, case.images)],
         cwd=ROOT,
@@ -219,11 +220,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store", type=Path)
     parser.add_argument("model")
+    parser.add_argument("device")
     parser.add_argument("images", type=Path, nargs="+")
     arguments = parser.parse_args()
     keep_memory()
     images = [image.read_bytes() for image in arguments.images]
-    offline = Offline(Loader(arguments.store, arguments.model), images)
+    offline = Offline(Loader(arguments.store, arguments.model, device=arguments.device), images)
     chosen: Plan | None = None
     alone: Plan | None = None
     for line in sys.stdin:

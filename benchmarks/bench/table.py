@@ -10,7 +10,7 @@ from rich.table import Table
 
 from benchmarks.bench.figures import Goal, Turn, failures, figure, loads, spread
 
-OUTSIDE: Final = ("engines", "calibrate")
+OUTSIDE: Final = ("engines", "calibrate", "soak")
 """Parts that other benchmarks measure, and leave as ``{"goals": [...]}``."""
 
 

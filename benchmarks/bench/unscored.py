@@ -21,11 +21,12 @@ class Classifier:
     def __init__(self, detector: Detector, loaded: LoadedBundle) -> None:
         self._network = detector.network
         self._preprocessing = loaded.bundle.preprocessing
+        self._device = next(self._network.parameters()).device
 
     @torch.inference_mode()
     def detect(self, images: Tensor) -> Detections:
         """The logits; every image is ``id`` and scores one."""
-        logits = self._network(self._preprocessing.normalise(images)).float().numpy()
+        logits = self._network(self._preprocessing.normalise(images.to(self._device))).float()
         ones, nothing = np.ones(len(images), np.float32), np.zeros(len(images), np.bool_)
         return Detections(
             feature_norms=ones,
@@ -34,7 +35,7 @@ class Classifier:
             is_ood=nothing,
             is_uncertain=nothing,
             thresholds=ones,
-            logits=logits,
+            logits=logits.cpu().numpy(),
         )
 
     judge = detect

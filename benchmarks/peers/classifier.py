@@ -38,6 +38,7 @@ class Options:
     port: int
     workers: int
     threads: int
+    device: str
 
     @classmethod
     def read(cls) -> "Options":
@@ -50,6 +51,7 @@ class Options:
             port=int(read["PEER_PORT"]),
             workers=int(read["PEER_WORKERS"]),
             threads=int(read["PEER_THREADS"]),
+            device=read["PEER_DEVICE"],
         )
 
 
@@ -67,20 +69,22 @@ def classifier(options: Options) -> Classifier:
     """The classifier of the variant that is asked for."""
     torch.set_num_threads(options.threads)
     loaded = Store(options.store).load(options.model)
-    return Ours(loaded) if options.variant == "ours" else Documented(loaded)
+    kind = Ours if options.variant == "ours" else Documented
+    return kind(loaded, device=options.device)
 
 
 class Documented:
     """Pillow, torchvision's transforms, an eager network and a hook."""
 
-    def __init__(self, loaded: LoadedBundle) -> None:
+    def __init__(self, loaded: LoadedBundle, *, device: str) -> None:
         bundle = loaded.bundle
         self._bundle = bundle
         self._calibration_scores = loaded.calibration_scores
         self._transform = _transform(bundle)
         self._network = build(bundle.architecture)
         load_weights(self._network, loaded.weights)
-        self._network.eval()
+        self._network.eval().to(device)
+        self._device = device
         self._of_thread = threading.local()
         self._network.get_submodule(bundle.block).register_forward_hook(self._read)
 
@@ -100,11 +104,14 @@ class Documented:
     def _read(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self._of_thread.norms = torch.linalg.vector_norm(output.relu(), dim=(2, 3)).mean(dim=1)
 
+    def _batch(self, images: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(images)).to(self._device)
+
     def _pass(self, images: Sequence[Tensor]) -> list[Answer]:
         with torch.inference_mode():
-            probabilities = self._network(torch.stack(list(images))).softmax(dim=1)
+            probabilities = self._network(self._batch(images)).softmax(dim=1)
             best, indices = probabilities.max(dim=1)
-        scores = self._of_thread.norms.numpy()
+        scores = self._of_thread.norms.cpu().numpy()
         ranks = np.searchsorted(self._calibration_scores, scores, side="right")
         p_values = (1 + ranks) / (len(self._calibration_scores) + 1)
         rows = zip(scores.tolist(), p_values.tolist(), indices.tolist(), best.tolist(), strict=True)
@@ -114,9 +121,9 @@ class Documented:
 class Ours:
     """NormGate's decoder and detector."""
 
-    def __init__(self, loaded: LoadedBundle) -> None:
+    def __init__(self, loaded: LoadedBundle, *, device: str) -> None:
         self._bundle = loaded.bundle
-        self._detector = loaded.detector()
+        self._detector = loaded.detector(device=device)
         self._one_at_a_time = threading.Lock()
 
     def prepare(self, data: bytes) -> Tensor:
