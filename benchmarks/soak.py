@@ -185,8 +185,9 @@ def main() -> int:
     found, answers, failures = run(images, seconds=seconds)
     verdict = "flat" if found.is_flat else "NOT flat"
     Console(width=120).print(
-        f"{answers} answers in {seconds:.0f} s, {failures} not 200; resident {found.median_mib:.0f} "
-        f"MiB, at most {found.peak_mib:.0f} MiB; {found.slope_mib_per_hour:+.2f} MiB an hour "
+        f"{answers} answers in {seconds:.0f} s, {failures} not 200; resident "
+        f"{found.median_mib:.0f} MiB, at most {found.peak_mib:.0f} MiB; "
+        f"{found.slope_mib_per_hour:+.2f} MiB an hour "
         f"({found.low:+.2f} to {found.high:+.2f}): {verdict}"
     )
     goal = {

@@ -1,6 +1,8 @@
 """What is measured: networks, images, and how they are asked for."""
 
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,6 +138,7 @@ def photographs_store(network: str, *, blocks: str | None = None) -> Path:
     except BundleError:
         shutil.rmtree(store.root, ignore_errors=True)
         _calibrate(network, store, blocks=blocks)
+        _export(network, store)
     return store.root
 
 
@@ -156,6 +159,16 @@ def _calibrate(network: str, store: Store, *, blocks: str | None) -> None:
             blocks=blocks,
         )
         calibrate(options, store, progress=lambda title, *, done, total: None)
+
+
+def _export(network: str, store: Store) -> None:
+    """Let ONNX Runtime serve the bundle, where it is installed; torch does otherwise."""
+    command = [sys.executable, "-m", "app.cli", "export", "--bundle", network]
+    done = subprocess.run(
+        [*command, "--model-store", str(store.root)], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        print(f"{network} is served by torch: {done.stderr.strip()}", file=sys.stderr)
 
 
 def _photographs() -> Sequence[Path]:

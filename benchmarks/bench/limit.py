@@ -27,10 +27,9 @@ from app.core.allocator import keep_memory
 from app.core.images import decode
 from benchmarks.bench.cases import MAX_BATCH_SIZE, Case
 from benchmarks.bench.contestants import CORES
-from benchmarks.bench.detectors import Loader, engines
+from benchmarks.bench.detectors import Engine, Loader
 from benchmarks.server import ROOT
 
-_PROBE_S: Final = 1.5
 _BATCH_SIZES: Final = (8, MAX_BATCH_SIZE)
 
 
@@ -46,19 +45,19 @@ class Plan:
         batch_size: images in one forward pass.
     """
 
-    engine: str
+    engine: Engine
     runners: int
     threads: int
     decoders: int
     batch_size: int
 
 
-def plans(cores: int) -> list[Plan]:
+def plans(engines: Sequence[Engine], *, cores: int) -> list[Plan]:
     """Every plan worth trying on so many cores."""
     shapes = [(cores, 1, 0), (1, max(1, cores - 1), 1), (1, cores, cores), (1, cores, 0)]
     return [
         Plan(engine, runners, threads, decoders, batch_size)
-        for engine in engines()
+        for engine in engines
         for runners, threads, decoders in dict.fromkeys(shapes)
         for batch_size in _BATCH_SIZES
     ]
@@ -74,6 +73,7 @@ class Offline:
 
     def __init__(self, loader: Loader, images: Sequence[bytes]) -> None:
         self._loader = loader
+        self.engines = loader.engines
         self._images = images
         self._preprocessing = loader.bundle.preprocessing
 
@@ -167,13 +167,18 @@ class Offline:
 
 def best(offline: Offline, *, seconds: float) -> tuple[Plan, dict[Plan, float]]:
     """The fastest plan, and what each did in ``seconds``."""
-    found = {plan: offline.images_per_s(plan, seconds=seconds) for plan in plans(len(CORES))}
+    found = {
+        plan: offline.images_per_s(plan, seconds=seconds)
+        for plan in plans(offline.engines, cores=len(CORES))
+    }
     return max(found, key=lambda plan: found[plan]), found
 
 
 def fastest_alone(offline: Offline, *, seconds: float) -> Plan:
     """The plan that scores one image soonest."""
-    found = [Plan(engine, 1, threads, 0, 1) for engine in engines() for threads in {1, len(CORES)}]
+    found = [
+        Plan(engine, 1, threads, 0, 1) for engine in offline.engines for threads in {1, len(CORES)}
+    ]
     return min(found, key=lambda plan: offline.image_ms(plan, seconds=seconds))
 
 

@@ -22,6 +22,7 @@ from torchvision import transforms
 from app.core.images import load
 from app.core.networks import build, load_weights
 from app.store import Bundle, LoadedBundle, Store
+from benchmarks.bench.detectors import served
 
 MAX_BATCH_SIZE: Final = 32
 """Images in one forward pass, the same for every server."""
@@ -123,7 +124,7 @@ class Ours:
 
     def __init__(self, loaded: LoadedBundle, *, device: str) -> None:
         self._bundle = loaded.bundle
-        self._detector = loaded.detector(device=device)
+        self._detector = served(loaded, device=device)
         self._one_at_a_time = threading.Lock()
 
     def prepare(self, data: bytes) -> Tensor:

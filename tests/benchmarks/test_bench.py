@@ -107,7 +107,7 @@ def test_goal(direction: figures.Direction, goal: float, is_met: bool) -> None:
 
 
 def test_case_goals() -> None:
-    """A case is held against the limit, the best peer, the offline image, its tail and its price."""
+    """Goals are for the limit, the best peer, the offline image, the tail and the price."""
     one = turn(
         row("normgate", "c=1", 50),
         row("normgate", "c=32", 95),
