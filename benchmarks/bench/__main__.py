@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from rich.console import Console
 
 from benchmarks.bench import early_exit, startup, table, wrk
@@ -40,7 +39,7 @@ def main() -> int:
     """Measure what is asked for, then print the goals; 1 where something cannot be measured."""
     arguments = _parse()
     console = Console(width=160)
-    if arguments.device != "cpu" and not torch.cuda.is_available():
+    if arguments.device != "cpu" and not _has_cuda():
         print(f"no CUDA device here: nothing is measured on {arguments.device}")
         return 0
     problem = _problem(arguments)
@@ -82,6 +81,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="of the JSON")
     parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs instead of the data set")
     return parser.parse_args()
+
+
+def _has_cuda() -> bool:
+    # Not at the top: importing torch takes longer than a quick run.
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _problem(arguments: argparse.Namespace) -> str | None:

@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from app.core.networks import Architecture
-from app.errors import BundleError
-from app.offline.calibrate import RANDOM_WEIGHTS, CalibrationOptions, calibrate
-from app.store import Store
 from benchmarks.datasets import unpack
 from benchmarks.server import ROOT
 
@@ -131,18 +127,26 @@ def photographs_store(network: str, *, blocks: str | None = None) -> Path:
         network: a name of torchvision's, and the bundle's.
         blocks: a glob that leaves only some blocks to choose from.
     """
+    # Here and below, not at the top: the 32 px case needs none of what they load.
+    from app.errors import BundleError
+    from app.store import Store
+
     folder = network if blocks is None else f"{network}-{blocks}"
     store = Store(OUTPUT / "store" / folder)
     try:
         store.load(network).detector()
     except BundleError:
         shutil.rmtree(store.root, ignore_errors=True)
-        _calibrate(network, store, blocks=blocks)
-        _export(network, store)
+        _calibrate(network, store.root, blocks=blocks)
+        _export(network, store.root)
     return store.root
 
 
-def _calibrate(network: str, store: Store, *, blocks: str | None) -> None:
+def _calibrate(network: str, store: Path, *, blocks: str | None) -> None:
+    from app.core.networks import Architecture
+    from app.offline.calibrate import RANDOM_WEIGHTS, CalibrationOptions, calibrate
+    from app.store import Store
+
     photographs = _photographs()
     with tempfile.TemporaryDirectory() as folder:
         halves = [Path(folder, name) for name in ("selection", "threshold")]
@@ -158,14 +162,14 @@ def _calibrate(network: str, store: Store, *, blocks: str | None) -> None:
             threshold_images=halves[1],
             blocks=blocks,
         )
-        calibrate(options, store, progress=lambda title, *, done, total: None)
+        calibrate(options, Store(store), progress=lambda title, *, done, total: None)
 
 
-def _export(network: str, store: Store) -> None:
+def _export(network: str, store: Path) -> None:
     """Let ONNX Runtime serve the bundle, where it is installed; torch does otherwise."""
     command = [sys.executable, "-m", "app.cli", "export", "--bundle", network]
     done = subprocess.run(
-        [*command, "--model-store", str(store.root)], cwd=ROOT, capture_output=True, text=True
+        [*command, "--model-store", str(store)], cwd=ROOT, capture_output=True, text=True
     )
     if done.returncode:
         print(f"{network} is served by torch: {done.stderr.strip()}", file=sys.stderr)

@@ -3,11 +3,6 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from app.core.blocks import BlockNorms
-from app.store import Store
 from benchmarks.bench.bodies import write_bodies
 from benchmarks.bench.cases import ALONE, FULL, OUTPUT, Case, make_case, photographs_store
 from benchmarks.bench.contestants import normgate, running
@@ -73,17 +68,20 @@ def early_exit_goals(result: dict[str, Any]) -> list[Goal]:
 
 def saved_flops(case: Case) -> float:
     """The share of a forward pass's FLOPs that lies behind the selected block."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from app.core.blocks import BlockNorms
+    from app.store import Store
+
     loaded = Store(case.store).load(case.model)
-    network = loaded.detector().network
     side = loaded.bundle.preprocessing.crop
     inputs = torch.zeros(1, 3, side, side)
-    norms = BlockNorms(network, [loaded.bundle.norm_ratios.selected])
-    return 1 - _flops(lambda: norms.run_to_last_block(inputs)) / _flops(
-        network, lambda: norms.run(inputs)
-    )
+    norms = BlockNorms(loaded.detector().network, [loaded.bundle.norm_ratios.selected])
 
+    def flops(run: Callable[[torch.Tensor], object]) -> int:
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            run(inputs)
+        return int(counter.get_total_flops())
 
-def _flops(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        run()
-    return int(counter.get_total_flops())
+    return 1 - flops(norms.run_to_last_block) / flops(norms.run)
