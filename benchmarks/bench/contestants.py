@@ -246,14 +246,17 @@ def _v2_answers(response: Any) -> Sequence[Mapping[str, Any]]:
 
 def _wait(server: Running, process: "subprocess.Popen[bytes]", image: bytes) -> None:
     end = time.monotonic() + _READY_S
+    problem: Exception | None = None
     while time.monotonic() < end:
         if process.poll() is not None:
             raise RuntimeError(f"ended with {process.returncode}")
-        with suppress(OSError, ValueError, KeyError):
+        try:
             server.ask([image])
             return
+        except (OSError, ValueError, KeyError) as error:
+            problem = error
         time.sleep(_POLL_S)
-    raise RuntimeError(f"did not answer within {_READY_S} s")
+    raise RuntimeError(f"did not answer within {_READY_S} s, at last: {problem!r}")
 
 
 def _resident(process: psutil.Process) -> int:

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from app.core.allocator import keep_memory
+from app.core.detector import Detector
 from app.core.images import decode
 from benchmarks.bench.cases import MAX_BATCH_SIZE
 from benchmarks.bench.contestants import CORES
 from benchmarks.bench.detectors import Engine, Loader
 
+_POLL_S: Final = 0.1
 _BATCH_SIZES: Final = (8, MAX_BATCH_SIZE)
 
 
@@ -74,13 +76,11 @@ class Offline:
         self.engines = loader.engines
         self._images = images
         self._preprocessing = loader.bundle.preprocessing
+        self._made: dict[tuple[Engine, int], list[Detector]] = {}
 
     def images_per_s(self, plan: Plan, *, seconds: float) -> float:
         """Images scored a second, once the plan is warm."""
-        detectors = [
-            self._loader.detector(engine=plan.engine, threads=plan.threads)
-            for _ in range(plan.runners)
-        ]
+        detectors = self._detectors(plan)
         for detector in detectors:
             detector.detect(torch.zeros(self._batch_shape(plan), dtype=torch.uint8))
         done = [0] * plan.runners
@@ -106,7 +106,7 @@ class Offline:
     def image_ms(self, plan: Plan, *, seconds: float) -> float:
         """Median time of one image from its bytes to its verdict, one after the other."""
         torch.set_num_threads(plan.threads)
-        detector = self._loader.detector(engine=plan.engine, threads=plan.threads)
+        [detector] = self._detectors(plan)
         times, end = [], time.perf_counter() + seconds
         for data in itertools.cycle(self._images):
             started = time.perf_counter()
@@ -115,6 +115,12 @@ class Offline:
             if time.perf_counter() > end:
                 return 1000 * statistics.median(times)
         raise AssertionError("there are no images")
+
+    def _detectors(self, plan: Plan) -> list[Detector]:
+        made = self._made.setdefault((plan.engine, plan.threads), [])
+        while len(made) < plan.runners:
+            made.append(self._loader.detector(engine=plan.engine, threads=plan.threads))
+        return made[: plan.runners]
 
     def _batch_shape(self, plan: Plan) -> tuple[int, ...]:
         side = self._preprocessing.crop
@@ -148,7 +154,7 @@ class Offline:
                 image = self._prepare(next(endless))
                 while not is_over.is_set():
                     with suppress(queue.Full):
-                        ready.put(image, timeout=0.1)
+                        ready.put(image, timeout=_POLL_S)
                         break
 
         threads = [threading.Thread(target=prepare) for _ in range(plan.decoders)]
@@ -156,11 +162,24 @@ class Offline:
             thread.start()
         buffer = torch.empty(self._batch_shape(plan), dtype=torch.uint8)
         while not is_over.is_set():
-            for place in buffer:
-                place.copy_(ready.get())
+            if not _fill(buffer, ready, is_over):
+                break
             yield buffer
         for thread in threads:
             thread.join()
+
+
+def _fill(buffer: Tensor, ready: "queue.Queue[Tensor]", is_over: threading.Event) -> bool:
+    """Whether the buffer was filled before it was over: the decoders end then."""
+    for place in buffer:
+        while True:
+            try:
+                place.copy_(ready.get(timeout=_POLL_S))
+                break
+            except queue.Empty:
+                if is_over.is_set():
+                    return False
+    return True
 
 
 def best(offline: Offline, *, seconds: float) -> tuple[Plan, dict[Plan, float]]:

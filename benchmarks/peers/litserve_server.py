@@ -18,7 +18,7 @@ OPTIONS = Options.read()
 BATCH_TIMEOUT_S: Final = 0.01
 
 
-class ImageClassifier(ls.LitAPI):
+class ImageClassifier(ls.LitAPI):  # type: ignore[misc]
     """One request holds one or more images."""
 
     def setup(self, device: str) -> None:

@@ -21,7 +21,7 @@ from benchmarks.peers.framing import unpack
 OPTIONS = Options.read()
 
 
-class Preprocess(Worker):
+class Preprocess(Worker):  # type: ignore[misc]
     """Images to tensors."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Preprocess(Worker):
         return [self._model.prepare(image).numpy() for image in images]
 
 
-class Inference(Worker):
+class Inference(Worker):  # type: ignore[misc]
     """Arrays to answers, a batch of requests at a time."""
 
     def __init__(self) -> None:
