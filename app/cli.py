@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_evaluate(commands)
     _add_score(commands)
+    _add_export(commands)
     _add_models(commands)
     return parser
 
@@ -380,6 +381,32 @@ def _score(options: argparse.Namespace) -> None:
             device=options.device,
         )
     print_score_summary(summary, options.out)
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="let ONNX Runtime serve a bundle",
+        description="Exports the bundle's network to ONNX graphs beside its weights, once they "
+        "score a few images as torch does; normgate serve then runs them where onnxruntime is "
+        "installed.",
+    )
+    parser.add_argument("--bundle", required=True, metavar="NAME[/VERSION]")
+    _add_model_store(parser)
+    parser.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from app.offline.export import export
+    from app.store import Store
+
+    name, version = _bundle_id(options.bundle)
+    settings = _offline_settings(options)
+    loaded = Store(settings.model_store).load(
+        name, version, allowed_factories=settings.allowed_factories
+    )
+    written = export(loaded)
+    print(f"{written.folder}: {written.size / 1000:.0f} kB, and the weights stay where they are")
 
 
 def _add_models(commands: Any) -> None:

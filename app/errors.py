@@ -11,7 +11,10 @@
     ├── CalibrationError             the images cannot carry the calibration asked for
     ├── BundleError                  a bundle is missing, damaged or not for this installation
     │   ├── BundleNotFoundError      no bundle of that name and version
-    │   └── ActivationError          a bundle cannot serve; what answered before still does
+    │   ├── ActivationError          a bundle cannot serve; what answered before still does
+    │   └── EngineError              an engine cannot run the bundle, or scores otherwise
+    │       ├── NoEngineError        the engine, or its exporter, is not installed
+    │       └── NoGraphsError        nothing was exported for the engine
     ├── SettingsError                a setting is unknown or out of bounds
     └── ServingError                 a request cannot be answered now, or ever
         ├── MalformedRequestError    the request is not one the service understands
@@ -67,6 +70,18 @@ class BundleNotFoundError(BundleError):
 
 class ActivationError(BundleError):
     """A bundle cannot serve; what answered before still does."""
+
+
+class EngineError(BundleError):
+    """An engine cannot run the bundle's network, or does not score as torch does."""
+
+
+class NoEngineError(EngineError):
+    """The engine, or what exports for it, is not installed."""
+
+
+class NoGraphsError(EngineError):
+    """The bundle has no graphs for the engine."""
 
 
 class SettingsError(NormGateError):

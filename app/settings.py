@@ -65,6 +65,11 @@ class Settings(BaseSettings):
         le=1024,
         description="threads of a forward pass on the CPU; default: all cores but one",
     )
+    engine: Literal["auto", "torch", "onnxruntime"] = Field(
+        "auto",
+        description="what runs networks on the CPU: torch, onnxruntime, or auto: the latter where "
+        "it is installed, a bundle was exported and the scores agree",
+    )
     heartbeat_s: float = Field(
         30, gt=0, description="longest a batch may take before the service is called unready"
     )

@@ -1,7 +1,8 @@
 """The model store: calibrated classifiers as bundles in ``<root>/<name>/<version>/``.
 
 A bundle is ``bundle.json`` and ``weights.safetensors``. It is written to a temporary folder,
-synced and renamed into place, and never changed afterwards.
+synced and renamed into place, and never changed afterwards. Graphs for another engine may lie
+beside them in ``onnx/``: no verdict depends on them, and they can be written again.
 """
 
 import hashlib
@@ -25,18 +26,22 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from app.core.detector import ClassLevels, Detector
+from app.core.detector import ClassLevels, Detector, check_agreement
+from app.core.graph_files import read_graphs
 from app.core.images import REFERENCE_JPEG, Decoder, Preprocessing, installed_decoder
 from app.core.images import load as load_image
-from app.core.jigsaw import Edge
+from app.core.jigsaw import Edge, draw_permutations, jigsaw
 from app.core.networks import Architecture, build, load_weights
 from app.core.norm_ratio import BlockSelection
+from app.core.onnx_engine import OnnxEngine
+from app.core.onnx_graph import Graphs
 from app.core.scores import SCORES_WITH_HEAD, ScoreName
 from app.core.threshold import Threshold
-from app.errors import BundleError, BundleNotFoundError, NetworkError
+from app.errors import BundleError, BundleNotFoundError, EngineError, NetworkError
 
 BUNDLE_FILE: Final = "bundle.json"
 WEIGHTS_FILE: Final = "weights.safetensors"
+GRAPHS_FOLDER: Final = "onnx"
 CALIBRATION_SCORES_KEY: Final = "normgate.calibration_scores"
 CALIBRATION_CLASSES_KEY: Final = "normgate.calibration_classes"
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -152,6 +157,7 @@ class LoadedBundle:
     weights: Mapping[str, Tensor]
     calibration_scores: NDArray[np.float32]
     calibration_classes: NDArray[np.int64] | None = None
+    folder: Path | None = None
 
     def detector(self, *, device: str = "cpu") -> Detector:
         """A detector of its own network, checked against the golden score.
@@ -190,6 +196,34 @@ class LoadedBundle:
                 f"{_title(bundle)}: {len(bundle.labels)} labels for {classes} classes"
             )
         return detector
+
+    def on_onnxruntime(self, detector: Detector, graphs: Graphs | None = None) -> Detector:
+        """A detector like one of :meth:`detector` on the CPU, run by ONNX Runtime.
+
+        It has scored a few images as the one on torch did.
+
+        Args:
+            detector: let it go afterwards: its network is a second copy of the weights.
+            graphs: those in the bundle's folder by default.
+
+        Raises:
+            EngineError: ONNX Runtime is not installed, there are no graphs or damaged ones, or
+                the scores differ.
+        """
+        try:
+            if graphs is None:
+                if self.folder is None:
+                    raise EngineError("the bundle has no folder to read graphs from")
+                graphs = read_graphs(self.folder / GRAPHS_FOLDER)
+            engine = OnnxEngine(graphs, self.weights, threads=torch.get_num_threads())
+            other = detector.on_engine(engine)
+            check_agreement(other, detector, _agreement_images(self.bundle.preprocessing))
+        except EngineError as error:
+            raise type(error)(f"{_title(self.bundle)}: {error}") from error
+        except Exception as error:  # a graph may fail when it runs, in any way
+            reason = " ".join(str(error).split())
+            raise EngineError(f"{_title(self.bundle)}: onnxruntime failed: {reason}") from error
+        return other
 
     def _class_levels(self) -> ClassLevels | None:
         rows = self.bundle.class_thresholds
@@ -301,6 +335,7 @@ class Store:
             weights=weights,
             calibration_scores=scores,
             calibration_classes=classes,
+            folder=self.root / bundle.name / str(bundle.version),
         )
 
     def next_version(self, name: str) -> int:
@@ -397,6 +432,15 @@ def reference_score(detector: Detector, preprocessing: Preprocessing) -> tuple[f
     image = load_image(REFERENCE_JPEG.read_bytes(), preprocessing)
     detections = detector.detect(image[None])
     return float(detections.scores[0]), detections.logits.shape[1]
+
+
+def _agreement_images(preprocessing: Preprocessing) -> Tensor:
+    """The reference image, a puzzle of it, and noise: ``[3, 3, crop, crop]`` uint8."""
+    image = load_image(REFERENCE_JPEG.read_bytes(), preprocessing)
+    puzzle = jigsaw(image[None], draw_permutations(1, seed=0))[0]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, image.shape, generator=generator, dtype=torch.uint8)
+    return torch.stack([image, puzzle, noise])
 
 
 def library_versions() -> dict[str, str]:

@@ -17,11 +17,18 @@ import torch
 
 from app.core.allocator import return_memory
 from app.core.detector import Detector
-from app.errors import ActivationError, BundleError, BundleNotFoundError
+from app.errors import (
+    ActivationError,
+    BundleError,
+    BundleNotFoundError,
+    EngineError,
+    NoEngineError,
+    NoGraphsError,
+)
 from app.serving.metrics import Metrics, ScoreMetrics, ShadowMetrics
 from app.serving.statistics import ModelStatistics
 from app.settings import Settings
-from app.store import Bundle, Store
+from app.store import Bundle, LoadedBundle, Store
 
 logger: Final = structlog.get_logger(__name__)
 
@@ -371,10 +378,14 @@ class ModelPool:
         started = time.monotonic()
         stored = self._store.load(name, version, allowed_factories=self._settings.allowed_factories)
         bundle = stored.bundle
-        detectors = {device: stored.detector(device=device) for device in self._devices}
+        detectors = {device: self._detector(stored, device) for device in self._devices}
         for detector in detectors.values():
             self._warm_up(detector, side=bundle.preprocessing.crop)
-        self._metrics.remember(bundle, load_seconds=time.monotonic() - started)
+        self._metrics.remember(
+            bundle,
+            load_seconds=time.monotonic() - started,
+            engines={detector.engine for detector in detectors.values()},
+        )
         self._search.failures.pop((name, version), None)
         return LoadedModel(
             bundle=bundle,
@@ -385,6 +396,24 @@ class ModelPool:
                 version=version,
             ),
         )
+
+    def _detector(self, stored: LoadedBundle, device: str) -> Detector:
+        """A detector on the engine that the settings want; torch where another cannot run it."""
+        detector = stored.detector(device=device)
+        wanted = self._settings.engine
+        if wanted == "torch" or (wanted == "auto" and device != "cpu"):
+            return detector
+        if device != "cpu":
+            raise EngineError(f"onnxruntime runs networks on the CPU, not on {device}")
+        try:
+            return stored.on_onnxruntime(detector)
+        except EngineError as error:
+            if wanted == "onnxruntime":
+                raise
+            is_expected = isinstance(error, NoEngineError | NoGraphsError)
+            log = logger.info if is_expected else logger.warning
+            log("torch runs the network", device=device, reason=str(error))
+            return detector
 
     def _warm_up(self, detector: Detector, *, side: int) -> None:
         """Passes at both ends of the batch sizes, so that no request pays for set-up."""
