@@ -30,6 +30,7 @@ from benchmarks.datasets import unpack
 from benchmarks.load import Answer, closed_loop, post
 from benchmarks.server import ROOT, serving
 
+RESULT: Final = ROOT / "build" / "bench" / "soak.json"
 HOUR_S: Final = 3600.0
 DAY_S: Final = 24 * HOUR_S
 CLIENTS: Final = 32
@@ -177,6 +178,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=HOUR_S, help="default: an hour")
     parser.add_argument("--quick", action="store_true", help="20 seconds")
+    parser.add_argument("--output", type=Path, default=RESULT, metavar="FILE")
     parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs instead of CIFAR-10's")
     arguments = parser.parse_args()
     seconds = 20.0 if arguments.quick else arguments.seconds
@@ -197,9 +199,9 @@ def main() -> int:
         "goal": "flat",
         "met": found.is_flat,
     }
-    file = ROOT / "build" / "bench" / "soak.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"trend": asdict(found), "goals": [goal]}, indent=2) + "\n")
+    result = {"trend": asdict(found), "answers": answers, "failures": failures, "goals": [goal]}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0 if found.is_flat and not failures else 1
 
 

@@ -129,7 +129,7 @@ def photographs_store(network: str, *, blocks: str | None = None) -> Path:
     """
     # Here and below, not at the top: the 32 px case needs none of what they load.
     from app.errors import BundleError
-    from app.store import Store
+    from app.store import GRAPHS_FOLDER, Store
 
     folder = network if blocks is None else f"{network}-{blocks}"
     store = Store(OUTPUT / "store" / folder)
@@ -138,6 +138,7 @@ def photographs_store(network: str, *, blocks: str | None = None) -> Path:
     except BundleError:
         shutil.rmtree(store.root, ignore_errors=True)
         _calibrate(network, store.root, blocks=blocks)
+    if not any(store.root.rglob(GRAPHS_FOLDER)):
         _export(network, store.root)
     return store.root
 

@@ -75,7 +75,7 @@ class Offline:
         self._loader = loader
         self.engines = loader.engines
         self._images = images
-        self._preprocessing = loader.bundle.preprocessing
+        self._preprocessing = loader.preprocessing
         self._made: dict[tuple[Engine, int], list[Detector]] = {}
 
     def images_per_s(self, plan: Plan, *, seconds: float) -> float:

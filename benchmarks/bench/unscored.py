@@ -13,6 +13,7 @@ from torch import Tensor
 
 from app import cli
 from app.core.detector import Detections, Detector
+from app.core.onnx_graph import INPUT
 from app.store import LoadedBundle
 from benchmarks.bench.detectors import has_onnxruntime, logits_session
 
@@ -64,7 +65,7 @@ def on_onnxruntime(loaded: LoadedBundle) -> Classifier:
     session = logits_session(loaded)
 
     def logits(images: Tensor) -> Tensor:
-        [found] = session.run(None, {"images": images.numpy()})
+        [found] = session.run(None, {INPUT: images.numpy()})
         return torch.from_numpy(found)
 
     return Classifier(logits, engine="onnxruntime")
@@ -73,16 +74,16 @@ def on_onnxruntime(loaded: LoadedBundle) -> Classifier:
 def main() -> int:
     """Run ``normgate`` with such detectors."""
     detector = LoadedBundle.detector
-    convert = getattr(LoadedBundle, "on_onnxruntime", None)
+    convert = LoadedBundle.on_onnxruntime
 
     def restore() -> None:
         LoadedBundle.detector = detector  # type: ignore[method-assign]
-        LoadedBundle.on_onnxruntime = convert  # type: ignore[attr-defined]
+        LoadedBundle.on_onnxruntime = convert  # type: ignore[method-assign]
 
     def replace() -> None:
         LoadedBundle.detector = classifier  # type: ignore[assignment, method-assign]
         # What runs on ONNX Runtime does so already.
-        LoadedBundle.on_onnxruntime = lambda loaded, found: found  # type: ignore[attr-defined]
+        LoadedBundle.on_onnxruntime = lambda loaded, found: found  # type: ignore[method-assign, assignment]
 
     def classifier(loaded: LoadedBundle, *, device: str = "cpu") -> Classifier:
         restore()
