@@ -93,7 +93,7 @@ def _case(name: str, images: Sequence[Path] | None = None) -> Case:
             is_photographs=False,
             seconds=2,
             loads=(*SINGLE, Load(1, MANY), Load(8, MANY), Load(32, MANY)),
-            our_loads=(Load(8), FULL, Load(8, MANY)),
+            our_loads=(Load(8), FULL),
         )
     if name == "mobilenet":
         return Case(
@@ -114,7 +114,7 @@ def _case(name: str, images: Sequence[Path] | None = None) -> Case:
         model="resnet50",
         images=images or _photographs(),
         is_photographs=True,
-        seconds=6,
+        seconds=4,
         loads=(*SINGLE, Load(1, MANY)),
         our_loads=(FULL,),
     )
