@@ -49,4 +49,6 @@ if __name__ == "__main__":
         workers=OPTIONS.workers,
         log_level="error",
         access_log=False,
+        # A worker that still imports torch does not answer the supervisor, and would be replaced.
+        timeout_worker_healthcheck=120,
     )
