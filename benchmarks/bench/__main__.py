@@ -13,6 +13,7 @@ reads what lies there, so that the parts may be measured one by one::
 import argparse
 import json
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +41,8 @@ _TURNS: Final = 5
 def main() -> int:
     """Measure what is asked for, then print the goals; 1 where something cannot be measured."""
     arguments = _parse()
+    # Otherwise its servers would outlive it, and those that rest for ever.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     console = Console(width=160)
     if arguments.device != "cpu" and not _has_cuda():
         print(f"no CUDA device here: nothing is measured on {arguments.device}")
