@@ -80,10 +80,13 @@ def main() -> int:
         LoadedBundle.detector = detector  # type: ignore[method-assign]
         LoadedBundle.on_onnxruntime = convert  # type: ignore[method-assign]
 
+    def unchanged(loaded: LoadedBundle, found: Classifier) -> Classifier:
+        return found
+
     def replace() -> None:
         LoadedBundle.detector = classifier  # type: ignore[assignment, method-assign]
         # What runs on ONNX Runtime does so already.
-        LoadedBundle.on_onnxruntime = lambda loaded, found: found  # type: ignore[method-assign, assignment]
+        LoadedBundle.on_onnxruntime = unchanged  # type: ignore[assignment, method-assign]
 
     def classifier(loaded: LoadedBundle, *, device: str = "cpu") -> Classifier:
         restore()
