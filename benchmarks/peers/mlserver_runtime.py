@@ -66,6 +66,7 @@ def write_settings(folder: Path, options: Options) -> None:
         "grpc_port": options.port + 1,
         "metrics_port": options.port + 2,
         "parallel_workers": options.workers,
+        "metrics_dir": str(folder / "metrics"),
         "debug": False,
     }
     model = {
