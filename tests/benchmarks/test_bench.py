@@ -170,6 +170,13 @@ def test_rate_of_bursts(burst: int) -> None:
     assert wrk.rate(times.tolist()) == pytest.approx(100, rel=0.02)
 
 
+def test_rate_of_two_bursts() -> None:
+    """A burst that follows another after a second is one burst a second."""
+    burst = np.linspace(0, 0.01, 32)
+
+    assert wrk.rate([*burst, *(1 + burst)]) == pytest.approx(32, rel=0.1)
+
+
 def test_rate_of_nothing() -> None:
     """One answer, or several at one moment, give no rate."""
     assert wrk.rate([1.0]) == 0
