@@ -180,7 +180,7 @@ def flop_share(subject: Subject) -> float:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             run(inputs)
         counts.append(counter.get_total_flops())
-    return counts[0] / counts[1]
+    return float(counts[0] / counts[1])
 
 
 def compare(

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -301,7 +301,7 @@ def _check_shapes(found: NDArray[np.float32], expected: NDArray[np.float32]) -> 
 
 
 def _bias(network: nn.Module, head: str) -> Tensor | None:
-    bias: Tensor | None = network.get_submodule(head).bias
+    bias = cast("Tensor | None", network.get_submodule(head).bias)
     return None if bias is None else bias.detach()
 
 
