@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CHECKED := app tests benchmarks deploy docs
 
-.PHONY: install serve test lint lint-kubernetes format data evaluate overload gate-latency dashboard kubernetes drift
+.PHONY: install serve test lint lint-kubernetes format data evaluate overload gate-latency dashboard \
+    kubernetes drift peers bench bench-gpu soak
 
 install: $(INSTALLED)
 
@@ -77,3 +78,19 @@ gate-latency: install
 # A simulated week without drift in 200 runs, and how soon 10 % OOD images are found.
 drift: data
 	$(BIN)/python -m benchmarks.drift
+
+# The servers that NormGate is compared with, each in an environment of its own.
+peers: install
+	$(BIN)/python -m benchmarks.peers.environments
+
+# Every goal, met or missed; about 45 minutes on two cores. Needs wrk.
+bench: data peers
+	$(BIN)/python -m benchmarks.bench
+
+# The same tables on the first GPU, where there is one.
+bench-gpu: data peers
+	$(BIN)/python -m benchmarks.bench --part cases --device cuda:0
+
+# Memory under an hour of load.
+soak: data
+	$(BIN)/python -m benchmarks.soak

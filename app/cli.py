@@ -6,12 +6,15 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from app.errors import CalibrationError, NormGateError
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.store import Store
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -55,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_evaluate(commands)
     _add_score(commands)
+    _add_export(commands)
     _add_models(commands)
     _add_review(commands)
     return parser
@@ -165,7 +169,6 @@ def _calibrate(options: argparse.Namespace) -> None:
     from app.core.networks import Architecture, default_preprocessing
     from app.offline.calibrate import CalibrationOptions, calibrate
     from app.offline.terminal import TerminalProgress, print_calibration
-    from app.store import Store
 
     architecture = _validated(
         Architecture, {"id": options.architecture, "arguments": options.arguments}
@@ -199,7 +202,7 @@ def _calibrate(options: argparse.Namespace) -> None:
                 device=options.device,
                 has_report=has_report,
             ),
-            Store(_offline_settings(options).model_store),
+            _store(_offline_settings(options)),
             progress=progress,
         )
     print_calibration(calibration)
@@ -284,15 +287,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from app.offline.report import evaluation_report, write_report
     from app.offline.tables import write_tables
     from app.offline.terminal import TerminalProgress, print_evaluation
-    from app.store import Store
 
     ood_images = dict(options.ood)
     groups = _groups(options, ood_images)
     name, version = _bundle_id(options.bundle)
     settings = _offline_settings(options)
-    loaded = Store(settings.model_store).load(
-        name, version, allowed_factories=settings.allowed_factories
-    )
+    loaded = _store(settings).load(name, version, allowed_factories=settings.allowed_factories)
     with TerminalProgress() as progress:
         scored = score_images(
             loaded,
@@ -360,14 +360,11 @@ def _add_score(commands: Any) -> None:
 def _score(options: argparse.Namespace) -> None:
     from app.offline.score import check_output, find_files, score_files
     from app.offline.terminal import TerminalProgress, print_score_summary
-    from app.store import Store
 
     check_output(options.out, overwrite=options.overwrite)
     name, version = _bundle_id(options.bundle)
     settings = _offline_settings(options)
-    loaded = Store(settings.model_store).load(
-        name, version, allowed_factories=settings.allowed_factories
-    )
+    loaded = _store(settings).load(name, version, allowed_factories=settings.allowed_factories)
     files = find_files(options.source, lines=sys.stdin)
     with TerminalProgress() as progress:
         summary = score_files(
@@ -383,17 +380,82 @@ def _score(options: argparse.Namespace) -> None:
     print_score_summary(summary, options.out)
 
 
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="let ONNX Runtime serve a bundle",
+        description="Exports the bundle's network to ONNX graphs beside its weights, once they "
+        "score a few images as torch does; normgate serve then runs them where onnxruntime is "
+        "installed.",
+    )
+    parser.add_argument("--bundle", required=True, metavar="NAME[/VERSION]")
+    _add_model_store(parser)
+    parser.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from app.offline.export import export
+
+    name, version = _bundle_id(options.bundle)
+    settings = _offline_settings(options)
+    if isinstance(settings.model_store, str):
+        raise NormGateError(f"{settings.model_store} is no folder: export in one, then push")
+    loaded = _store(settings).load(name, version, allowed_factories=settings.allowed_factories)
+    written = export(loaded)
+    print(f"{written.folder}: {written.size / 1000:.0f} kB, and the weights stay where they are")
+
+
 def _add_models(commands: Any) -> None:
-    parser = commands.add_parser("models", help="list the bundles of a model store")
+    parser = commands.add_parser(
+        "models",
+        help="list the bundles of a model store; activate, roll back, push",
+        description="Without a command: the bundles of a model store.",
+    )
     _add_model_store(parser)
     parser.set_defaults(command=_models)
+    actions = parser.add_subparsers(metavar="COMMAND")
+    activate = actions.add_parser("activate", help="point all who follow the store to a version")
+    activate.add_argument("bundle", metavar="NAME/VERSION")
+    activate.set_defaults(command=_models_activate)
+    back = actions.add_parser("rollback", help="point to the version before")
+    back.add_argument("name", metavar="NAME")
+    back.set_defaults(command=_models_rollback)
+    push = actions.add_parser("push", help="copy a bundle to another store")
+    push.add_argument("bundle", metavar="NAME[/VERSION]")
+    push.add_argument("to", metavar="STORE", help="a folder or a URL such as s3://bucket/models")
+    push.set_defaults(command=_models_push)
+    for action in (activate, back, push):
+        # Not given here, it must not hide what was given before.
+        _add_model_store(action, default=argparse.SUPPRESS)
 
 
 def _models(options: argparse.Namespace) -> None:
     from app.offline.terminal import print_models
+
+    print_models(_store(_offline_settings(options)))
+
+
+def _models_activate(options: argparse.Namespace) -> None:
+    name, version = _bundle_id(options.bundle)
+    if version is None:
+        raise NormGateError(f"bundle is {options.bundle!r}; it must read NAME/VERSION")
+    pointer = _store(_offline_settings(options)).activate(name, version)
+    print(f"{name}: version {pointer.version}, before {pointer.previous or 'unknown'}")
+
+
+def _models_rollback(options: argparse.Namespace) -> None:
+    pointer = _store(_offline_settings(options)).roll_back(options.name)
+    print(f"{options.name}: version {pointer.version}, before {pointer.previous}")
+
+
+def _models_push(options: argparse.Namespace) -> None:
     from app.store import Store
 
-    print_models(Store(_offline_settings(options).model_store))
+    settings = _offline_settings(options)
+    to = Settings.read({"model_store": options.to}).model_store
+    name, version = _bundle_id(options.bundle)
+    where = _store(settings).push(name, version, Store(to, cache=settings.model_cache))
+    print(f"pushed to {where}")
 
 
 def _add_review(commands: Any) -> None:
@@ -435,12 +497,18 @@ def _export_review(options: argparse.Namespace) -> None:
         )
 
 
-def _add_model_store(parser: argparse.ArgumentParser) -> None:
+def _store(settings: Settings) -> "Store":
+    from app.store import Store
+
+    return Store(settings.model_store, cache=settings.model_cache)
+
+
+def _add_model_store(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
     field = Settings.model_fields["model_store"]
     parser.add_argument(
         "--model-store",
-        type=Path,
-        metavar="DIR",
+        default=default,
+        metavar="DIR|URL",
         help=f"{field.description} (default: $NORMGATE_MODEL_STORE, else {field.default})",
     )
 

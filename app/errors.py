@@ -11,7 +11,11 @@
     ├── CalibrationError             the images cannot carry the calibration asked for
     ├── BundleError                  a bundle is missing, damaged or not for this installation
     │   ├── BundleNotFoundError      no bundle of that name and version
-    │   └── ActivationError          a bundle cannot serve; what answered before still does
+    │   ├── StoreUnavailableError    the store cannot be reached now
+    │   ├── ActivationError          a bundle cannot serve; what answered before still does
+    │   └── EngineError              an engine cannot run the bundle, or scores otherwise
+    │       ├── NoEngineError        the engine, or its exporter, is not installed
+    │       └── NoGraphsError        nothing was exported for the engine
     ├── ReviewError                  a review queue cannot be exported as it is
     ├── SettingsError                a setting is unknown or out of bounds
     └── ServingError                 a request cannot be answered now, or ever
@@ -67,12 +71,30 @@ class BundleNotFoundError(BundleError):
     """No bundle of that name and version."""
 
 
+class StoreUnavailableError(BundleError):
+    """The store cannot be reached now; nothing is said of what it holds."""
+
+    retry_after_s = 10
+
+
 class ActivationError(BundleError):
     """A bundle cannot serve; what answered before still does."""
 
 
 class ReviewError(NormGateError):
     """A review queue cannot be exported as it is."""
+
+
+class EngineError(BundleError):
+    """An engine cannot run the bundle's network, or does not score as torch does."""
+
+
+class NoEngineError(EngineError):
+    """The engine, or what exports for it, is not installed."""
+
+
+class NoGraphsError(EngineError):
+    """The bundle has no graphs for the engine."""
 
 
 class SettingsError(NormGateError):

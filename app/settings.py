@@ -23,7 +23,13 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
-    model_store: Path = Field(Path("model_store"), description="folder of the bundles")
+    model_store: Path | str = Field(
+        Path("model_store"),
+        description="folder of the bundles, or its URL: s3://bucket/models, gs://...",
+    )
+    model_cache: Path = Field(
+        Path("~/.cache/normgate"), description="folder for copies of a URL's bundles"
+    )
     model: str | None = Field(
         None, description="model that answers when a request names none; default: the first"
     )
@@ -64,6 +70,11 @@ class Settings(BaseSettings):
         ge=1,
         le=1024,
         description="threads of a forward pass on the CPU; default: all cores but one",
+    )
+    engine: Literal["auto", "torch", "onnxruntime"] = Field(
+        "auto",
+        description="what runs networks on the CPU: torch, onnxruntime, or auto: the latter where "
+        "it is installed, a bundle was exported and the scores agree",
     )
     heartbeat_s: float = Field(
         30, gt=0, description="longest a batch may take before the service is called unready"
@@ -141,6 +152,11 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+
+    @field_validator("model_store", mode="after")
+    @classmethod
+    def _is_folder_or_url(cls, value: Path | str) -> Path | str:
+        return value if "://" in str(value) else Path(value)
 
     @field_validator("allowed_factories", "api_keys", "cors_origins", mode="before")
     @classmethod

@@ -1,17 +1,18 @@
-"""The model store: calibrated classifiers as bundles in ``<root>/<name>/<version>/``.
+"""The model store: calibrated classifiers as bundles in ``<name>/<version>/``.
 
-A bundle is ``bundle.json`` and ``weights.safetensors``. It is written to a temporary folder,
-synced and renamed into place, and never changed afterwards.
+A bundle is ``bundle.json`` and ``weights.safetensors``. It appears whole and is never changed
+afterwards, but for graphs for another engine, which may lie beside them in ``onnx/``: no verdict
+depends on them, and they can be written again. ``<name>/active.json`` may point to the version that
+all who follow the store serve.
 """
 
 import hashlib
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable, Collection, Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import Final, Literal, Self
@@ -25,18 +26,24 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from app.core.detector import ClassLevels, Detector
+from app.core.detector import ClassLevels, Detector, check_agreement
+from app.core.graph_files import read_graphs
 from app.core.images import REFERENCE_JPEG, Decoder, Preprocessing, installed_decoder
 from app.core.images import load as load_image
-from app.core.jigsaw import Edge
+from app.core.jigsaw import Edge, draw_permutations, jigsaw
 from app.core.networks import Architecture, build, load_weights
 from app.core.norm_ratio import BlockSelection
+from app.core.onnx_engine import OnnxEngine
+from app.core.onnx_graph import Graphs
 from app.core.scores import SCORES_WITH_HEAD, ScoreName
 from app.core.threshold import Threshold
-from app.errors import BundleError, BundleNotFoundError, NetworkError
+from app.errors import BundleError, BundleNotFoundError, EngineError, NetworkError
+from app.storage import BUNDLE_FILE as BUNDLE_FILE
+from app.storage import GRAPHS_FOLDER as GRAPHS_FOLDER
+from app.storage import POINTER_FILE, FolderStorage, Storage
+from app.storage import WEIGHTS_FILE as WEIGHTS_FILE
 
-BUNDLE_FILE: Final = "bundle.json"
-WEIGHTS_FILE: Final = "weights.safetensors"
+DEFAULT_CACHE: Final = Path("~/.cache/normgate")
 CALIBRATION_SCORES_KEY: Final = "normgate.calibration_scores"
 CALIBRATION_CLASSES_KEY: Final = "normgate.calibration_classes"
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -152,6 +159,7 @@ class LoadedBundle:
     weights: Mapping[str, Tensor]
     calibration_scores: NDArray[np.float32]
     calibration_classes: NDArray[np.int64] | None = None
+    folder: Path | None = None
 
     def detector(self, *, device: str = "cpu") -> Detector:
         """A detector of its own network, checked against the golden score.
@@ -191,6 +199,34 @@ class LoadedBundle:
             )
         return detector
 
+    def on_onnxruntime(self, detector: Detector, graphs: Graphs | None = None) -> Detector:
+        """A detector like one of :meth:`detector` on the CPU, run by ONNX Runtime.
+
+        It has scored a few images as the one on torch did.
+
+        Args:
+            detector: let it go afterwards: its network is a second copy of the weights.
+            graphs: those in the bundle's folder by default.
+
+        Raises:
+            EngineError: ONNX Runtime is not installed, there are no graphs or damaged ones, or
+                the scores differ.
+        """
+        try:
+            if graphs is None:
+                if self.folder is None:
+                    raise EngineError("the bundle has no folder to read graphs from")
+                graphs = read_graphs(self.folder / GRAPHS_FOLDER)
+            engine = OnnxEngine(graphs, self.weights, threads=torch.get_num_threads())
+            other = detector.on_engine(engine)
+            check_agreement(other, detector, _agreement_images(self.bundle.preprocessing))
+        except EngineError as error:
+            raise type(error)(f"{_title(self.bundle)}: {error}") from error
+        except Exception as error:  # a graph may fail when it runs, in any way
+            reason = " ".join(str(error).split())
+            raise EngineError(f"{_title(self.bundle)}: onnxruntime failed: {reason}") from error
+        return other
+
     def _class_levels(self) -> ClassLevels | None:
         rows = self.bundle.class_thresholds
         if rows is None or self.calibration_classes is None:
@@ -202,33 +238,53 @@ class LoadedBundle:
         return ClassLevels(thresholds, uncertain_below, self.calibration_classes)
 
 
+class Pointer(BaseModel):
+    """Which version of a model all who follow the store serve."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int = Field(ge=1)
+    previous: int | None = Field(None, ge=1, description="What a rollback returns to.")
+    written: datetime
+
+
 class Store:
-    """The bundles below one folder.
+    """The bundles below a folder or a URL.
 
     Args:
-        root: holds one folder a model, which holds one folder a version.
+        location: a folder, or a URL that fsspec knows, such as ``s3://bucket/models``.
+        cache: where verified copies of a URL's bundles lie.
+
+    Raises:
+        BundleError: the URL is no such URL, or what reads it is not installed.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, location: Path | str, *, cache: Path = DEFAULT_CACHE) -> None:
+        self._storage = _storage(location, cache=cache)
+
+    @property
+    def root(self) -> Path:
+        """The folder that weights are read from: of a URL, the one with its verified copies."""
+        return self._storage.root
+
+    @property
+    def title(self) -> str:
+        """The folder or the URL, fit for a message."""
+        return self._storage.title
 
     def names(self) -> list[str]:
         """Models with at least one version, sorted."""
-        if not self.root.is_dir():
-            return []
-        return sorted(path.name for path in self.root.iterdir() if self.versions(path.name))
+        return list(self.index())
+
+    def index(self) -> dict[str, list[int]]:
+        """The versions of every model with at least one, sorted."""
+        found = {name: self.versions(name) for name in self._storage.names()}
+        return {name: versions for name, versions in found.items() if versions}
 
     def versions(self, name: str) -> list[int]:
         """Versions of a model, ascending; empty when there is no such model."""
-        folder = self.root / name
         # Not every text is the name of a file: one too long is an error to the system.
-        if not re.fullmatch(NAME_PATTERN, name) or not folder.is_dir():
-            return []
-        return sorted(
-            int(path.name)
-            for path in folder.iterdir()
-            if path.name.isdecimal() and (path / BUNDLE_FILE).is_file()
-        )
+        return self._storage.versions(name) if re.fullmatch(NAME_PATTERN, name) else []
 
     def newest(self, name: str) -> int:
         """The highest version of a model.
@@ -236,36 +292,106 @@ class Store:
         Raises:
             BundleNotFoundError: there is no such model.
         """
-        return int(self._folder(name, None).name)
+        return self._known_versions(name)[-1]
+
+    def current(self, name: str) -> int:
+        """The version that the pointer names, or the highest where there is no pointer.
+
+        Raises:
+            BundleNotFoundError: there is no such model.
+            BundleError: the pointer is damaged.
+        """
+        newest = self.newest(name)
+        pointer = self.pointer(name)
+        return newest if pointer is None else pointer.version
+
+    def pointer(self, name: str) -> Pointer | None:
+        """The pointer of a model, if there is one.
+
+        Raises:
+            BundleError: it is damaged.
+        """
+        if not re.fullmatch(NAME_PATTERN, name):
+            return None
+        content = self._storage.pointer(name)
+        try:
+            return None if content is None else Pointer.model_validate_json(content)
+        except ValidationError as error:
+            raise BundleError(
+                f"{self.title}/{name}/{POINTER_FILE}: {_first_problem(error)}"
+            ) from error
+
+    def activate(self, name: str, version: int) -> Pointer:
+        """Point to a version: whoever follows the store serves it from their next look on.
+
+        Raises:
+            BundleNotFoundError: there is no such bundle.
+            BundleError: the bundle is damaged, or the pointer cannot be written.
+        """
+        bundle, description = self._read(name, version)
+        self._weights(bundle, description)  # nobody is sent to a bundle that is not whole
+        before = None
+        with suppress(BundleError):  # a damaged pointer is replaced like any other
+            before = self.pointer(name)
+        previous = None
+        if before is not None:
+            previous = before.previous if before.version == version else before.version
+        pointer = Pointer(version=version, previous=previous, written=datetime.now(UTC))
+        try:
+            self._storage.point(name, (pointer.model_dump_json() + "\n").encode())
+        except OSError as error:
+            raise BundleError(
+                f"{self.title}/{name}/{POINTER_FILE} could not be written: {error}"
+            ) from error
+        return pointer
+
+    def roll_back(self, name: str) -> Pointer:
+        """Point to the version before; a second time returns.
+
+        Raises:
+            BundleNotFoundError: there is no such bundle.
+            BundleError: there is no pointer, or it knows of no version before.
+        """
+        pointer = self.pointer(name)
+        if pointer is None or pointer.previous is None:
+            raise BundleError(
+                f"{self.title}/{name}/{POINTER_FILE} names no version before; activate one by "
+                "its number"
+            )
+        return self.activate(name, pointer.previous)
+
+    def push(self, name: str, version: int | None, to: "Store") -> str:
+        """Copy a verified bundle to another store, byte for byte; where it lies there.
+
+        Args:
+            name: the model.
+            version: the current one when None.
+            to: the other store; the version must not be in it.
+
+        Raises:
+            BundleNotFoundError: there is no such bundle.
+            BundleError: it is damaged, or cannot be written.
+        """
+        bundle, description = self._read(name, version)
+        files = {WEIGHTS_FILE: self._weights(bundle, description)}
+        for file in self._storage.files(name, bundle.version):
+            if file not in (WEIGHTS_FILE, BUNDLE_FILE):
+                files[file] = self._storage.read(name, bundle.version, file)
+        to._add(bundle, {**files, BUNDLE_FILE: description})
+        return to._storage.where(name, bundle.version)
 
     def signature(self, name: str, version: int) -> Hashable:
         """Something that changes when a file of the bundle does; for versions written by hand."""
-        folder = self.root / name / str(version)
-        try:
-            status = {path.name: path.stat() for path in folder.iterdir()}
-        except OSError:
-            return None
-        return frozenset((file, one.st_size, one.st_mtime_ns) for file, one in status.items())
+        return self._storage.signature(name, version)
 
     def read(self, name: str, version: int | None = None) -> Bundle:
-        """The description of a bundle; the newest version by default.
+        """The description of a bundle; the current version by default.
 
         Raises:
             BundleNotFoundError: there is no such bundle.
             BundleError: ``bundle.json`` is damaged or of another schema.
         """
-        folder = self._folder(name, version)
-        try:
-            bundle = Bundle.model_validate_json((folder / BUNDLE_FILE).read_bytes())
-        except OSError as error:
-            raise BundleError(f"{folder / BUNDLE_FILE} cannot be read: {error}") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the document"
-            raise BundleError(f"{folder / BUNDLE_FILE}: {where}: {first['msg']}") from error
-        if (bundle.name, str(bundle.version)) != (folder.parent.name, folder.name):
-            raise BundleError(f"{folder / BUNDLE_FILE} says it is {_title(bundle)}")
-        return bundle
+        return self._read(name, version)[0]
 
     def load(
         self, name: str, version: int | None = None, *, allowed_factories: Collection[str] = ()
@@ -274,7 +400,7 @@ class Store:
 
         Args:
             name: the model.
-            version: the newest by default.
+            version: the current one by default.
             allowed_factories: ``python/`` architecture ids whose code may be run.
 
         Raises:
@@ -282,7 +408,7 @@ class Store:
             BundleError: a hash differs, a file is damaged, the decoder gives other pixels, or
                 the architecture's code may not be run.
         """
-        bundle = self.read(name, version)
+        bundle, description = self._read(name, version)
         architecture = bundle.architecture
         if architecture.family == "python" and architecture.id not in allowed_factories:
             raise BundleError(
@@ -290,7 +416,7 @@ class Store:
                 "allowed_factories to permit that"
             )
         _check_decoder(bundle)
-        weights = self._read_weights(bundle)
+        weights = self._tensors(bundle, self._weights(bundle, description))
         scores = weights.pop(CALIBRATION_SCORES_KEY, torch.empty(0)).numpy()
         stored_classes = weights.pop(CALIBRATION_CLASSES_KEY, None)
         classes = None if stored_classes is None else stored_classes.numpy()
@@ -301,6 +427,7 @@ class Store:
             weights=weights,
             calibration_scores=scores,
             calibration_classes=classes,
+            folder=self.root / bundle.name / str(bundle.version),
         )
 
     def next_version(self, name: str) -> int:
@@ -314,7 +441,7 @@ class Store:
                 f"name is {name!r}; it must be 1 to 63 lower-case letters, digits, '.', '_' "
                 "or '-', and start with a letter or digit"
             )
-        return max(self.versions(name), default=0) + 1
+        return max(self._storage.taken(name), default=0) + 1
 
     def write(
         self,
@@ -325,7 +452,7 @@ class Store:
         calibration_scores: NDArray[np.float32],
         calibration_classes: NDArray[np.int64] | None = None,
         attach: Callable[[Bundle], Mapping[str, bytes]] | None = None,
-    ) -> Path:
+    ) -> Path | str:
         """Write a bundle whole, or nothing at all.
 
         Args:
@@ -339,57 +466,65 @@ class Store:
                 nothing depends on them.
 
         Returns:
-            The folder of the new version.
+            The folder or the URL of the new version.
 
         Raises:
-            BundleError: the version exists, or the disk is full or refuses.
+            BundleError: the version exists, or the storage is full or refuses.
         """
-        parent = self.root / name
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=parent, prefix=".partial-") as partial:
-                staged = Path(partial, "bundle")
-                staged.mkdir()
-                tensors = dict(weights) | {
-                    CALIBRATION_SCORES_KEY: torch.from_numpy(calibration_scores)
-                }
-                if calibration_classes is not None:
-                    tensors[CALIBRATION_CLASSES_KEY] = torch.from_numpy(calibration_classes)
-                bundle = describe(_write_weights(staged, tensors))
-                _write_synced(staged / BUNDLE_FILE, _as_json(bundle))
-                for name, attachment in (attach(bundle) if attach else {}).items():
-                    (staged / name).parent.mkdir(exist_ok=True)
-                    _write_synced(staged / name, attachment)
-                folder = parent / str(bundle.version)
-                _sync_folder(staged)
-                staged.rename(folder)
-                _sync_folder(parent)
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"the bundle could not be written to {parent}: {error}") from error
-        return folder
+        tensors = dict(weights) | {CALIBRATION_SCORES_KEY: torch.from_numpy(calibration_scores)}
+        if calibration_classes is not None:
+            tensors[CALIBRATION_CLASSES_KEY] = torch.from_numpy(calibration_classes)
+        content = _as_safetensors(tensors)
+        bundle = describe(hashlib.sha256(content).hexdigest())
+        files = {WEIGHTS_FILE: content, BUNDLE_FILE: _as_json(bundle)}
+        self._add(bundle, files | dict(attach(bundle) if attach else {}))
+        where = self._storage.where(name, bundle.version)
+        return where if "://" in where else Path(where)
 
-    def _folder(self, name: str, version: int | None) -> Path:
+    def _add(self, bundle: Bundle, files: Mapping[str, bytes]) -> None:
+        try:
+            self._storage.add(bundle.name, bundle.version, files)
+        except OSError as error:
+            where = f"{self.title}/{bundle.name}"
+            raise BundleError(f"the bundle could not be written to {where}: {error}") from error
+
+    def _known_versions(self, name: str) -> list[int]:
         versions = self.versions(name)
         if not versions:
             known = ", ".join(self.names()) or "none"
-            raise BundleNotFoundError(f"no model {name!r} in {self.root}; there are: {known}")
-        if version is not None and version not in versions:
+            raise BundleNotFoundError(f"no model {name!r} in {self.title}; there are: {known}")
+        return versions
+
+    def _read(self, name: str, version: int | None) -> tuple[Bundle, bytes]:
+        """A description, and the bytes it was read from."""
+        versions = self._known_versions(name)
+        version = self.current(name) if version is None else version
+        if version not in versions:
             known = ", ".join(map(str, versions))
             raise BundleNotFoundError(f"model {name!r} has no version {version}; it has: {known}")
-        return self.root / name / str(version or versions[-1])
-
-    def _read_weights(self, bundle: Bundle) -> dict[str, Tensor]:
-        path = self.root / bundle.name / str(bundle.version) / WEIGHTS_FILE
+        where = self._storage.where(name, version, BUNDLE_FILE)
         try:
-            content = path.read_bytes()
-            actual = hashlib.sha256(content).hexdigest()
-            if actual != bundle.weights_sha256:
-                raise BundleError(
-                    f"{path} has sha256 {actual}, but its bundle.json says {bundle.weights_sha256}"
-                )
+            content = self._storage.read(name, version, BUNDLE_FILE)
+            bundle = Bundle.model_validate_json(content)
+        except OSError as error:
+            raise BundleError(f"{where} cannot be read: {error}") from error
+        except ValidationError as error:
+            raise BundleError(f"{where}: {_first_problem(error)}") from error
+        if (bundle.name, bundle.version) != (name, version):
+            raise BundleError(f"{where} says it is {_title(bundle)}")
+        return bundle, content
+
+    def _weights(self, bundle: Bundle, description: bytes) -> bytes:
+        return self._storage.weights(
+            bundle.name, bundle.version, sha256=bundle.weights_sha256, description=description
+        )
+
+    def _tensors(self, bundle: Bundle, content: bytes) -> dict[str, Tensor]:
+        try:
             return load_tensors(content)
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"{path} cannot be read: {error}") from error
+        except SafetensorError as error:
+            where = self._storage.where(bundle.name, bundle.version, WEIGHTS_FILE)
+            raise BundleError(f"{where} cannot be read: {error}") from error
 
 
 def reference_score(detector: Detector, preprocessing: Preprocessing) -> tuple[float, int]:
@@ -399,9 +534,32 @@ def reference_score(detector: Detector, preprocessing: Preprocessing) -> tuple[f
     return float(detections.scores[0]), detections.logits.shape[1]
 
 
+def _agreement_images(preprocessing: Preprocessing) -> Tensor:
+    """The reference image, a puzzle of it, and noise: ``[3, 3, crop, crop]`` uint8."""
+    image = load_image(REFERENCE_JPEG.read_bytes(), preprocessing)
+    puzzle = jigsaw(image[None], draw_permutations(1, seed=0))[0]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, image.shape, generator=generator, dtype=torch.uint8)
+    return torch.stack([image, puzzle, noise])
+
+
 def library_versions() -> dict[str, str]:
     """The versions of the libraries a score depends on."""
     return {library: library_version(library) for library in _LIBRARIES}
+
+
+def _storage(location: Path | str, *, cache: Path) -> Storage:
+    if isinstance(location, str) and "://" in location:
+        from app.object_storage import ObjectStorage
+
+        return ObjectStorage(location, cache=cache)
+    return FolderStorage(Path(location))
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the document"
+    return f"{where}: {first['msg']}"
 
 
 def _title(bundle: Bundle) -> str:
@@ -458,28 +616,14 @@ def _is_level_of(scores: NDArray[np.float32], level: Threshold) -> bool:
     return len(scores) == level.n and scores[level.k - 1 : level.k].tolist() == [level.value]
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> str:
+def _as_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
     # Copies, since safetensors refuses tensors that share memory (tied weights).
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    content = save_tensors(copies)
-    _write_synced(folder / WEIGHTS_FILE, content)
-    return hashlib.sha256(content).hexdigest()
+    try:
+        return save_tensors(copies)
+    except SafetensorError as error:
+        raise BundleError(f"the weights could not be written: {error}") from error
 
 
 def _as_json(bundle: Bundle) -> bytes:
     return (bundle.model_dump_json(indent=2) + "\n").encode()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from app.offline.calibrate import CalibrationOptions
 from app.offline.terminal import TerminalProgress
 from app.store import BUNDLE_FILE, Store
 from tests.conftest import IMAGES
+from tests.versions import add_version
 
 Calibrate = Callable[..., int]
 
@@ -381,3 +382,45 @@ def test_help_does_not_import_torch() -> None:
     )
 
     assert result.returncode == 0, result.stderr
+
+
+def test_the_pointer_by_command(
+    tiny_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Push, activate and roll back; the list tells which version is pointed to."""
+    store = str(tmp_path / "store")
+    assert main(["models", "--model-store", str(tiny_store.root), "push", "tiny", store]) == 0
+    add_version(tmp_path / "store" / "tiny", 2)
+
+    assert main(["models", "activate", "tiny/1", "--model-store", store]) == 0
+    assert main(["models", "activate", "tiny/2", "--model-store", store]) == 0
+    assert main(["models", "rollback", "tiny", "--model-store", store]) == 0
+    assert main(["models", "--model-store", store]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        f"pushed to {store}/tiny/1",
+        "tiny: version 1, before unknown",
+        "tiny: version 2, before 1",
+        "tiny: version 1, before 2",
+    ]
+    assert ["active" in line for line in lines if line.startswith("│ tiny")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["activate", "tiny"], "bundle is 'tiny'; it must read NAME/VERSION"),
+        (["activate", "tiny/3"], "model 'tiny' has no version 3; it has: 1"),
+        (["rollback", "tiny"], "tiny/active.json names no version before"),
+        (["push", "tiny/1", "nosuch://a"], "NORMGATE_MODEL_STORE is nosuch://a: Protocol not"),
+    ],
+)
+def test_a_bad_step_is_one_line(
+    tiny_store: Store, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    """What cannot be done is told in one line, and nothing is changed."""
+    assert main(["models", "--model-store", str(tiny_store.root), *arguments]) == 1
+
+    assert message in only_line(capsys.readouterr().err)
+    assert tiny_store.pointer("tiny") is None

@@ -67,7 +67,8 @@ def classifier() -> Iterator[str]:
 @pytest.mark.slow
 def test_every_answer_is_described(classifier: str, tmp_path: Path) -> None:
     """Schemathesis finds no 5xx and no answer that the description does not have."""
-    with serving(["--admin-token", ADMIN_TOKEN, "--upstream-url", classifier]) as server:
+    review = ["--review-folder", str(tmp_path / "review"), "--review-sample-share", "1"]
+    with serving(["--admin-token", ADMIN_TOKEN, "--upstream-url", classifier, *review]) as server:
         ended = subprocess.run(
             [
                 *(str(Path(sys.executable).with_name("st")), "run", f"{server.url}/openapi.json"),
@@ -96,6 +97,7 @@ def guarded() -> Iterator[TestClient]:
         admin_token=ADMIN_TOKEN,
         api_keys=(API_KEY,),
         upstream_url="http://127.0.0.1:1",
+        review_folder=Path("never-opened"),
     )
     client = TestClient(create_app(settings), raise_server_exceptions=False)
     yield client
@@ -106,7 +108,7 @@ def operations(client: TestClient) -> list[tuple[str, str, dict[str, Any]]]:
     """Method, path with its parameters filled in, and description of every operation."""
     paths = client.get("/openapi.json").json()["paths"]
     return [
-        (method, path.format(name="a", version=1, path="a"), operation)
+        (method, path.format(name="a", version=1, path="a", id="0" * 32), operation)
         for path, item in paths.items()
         for method, operation in item.items()
         if method in METHODS

@@ -36,6 +36,13 @@ def test_a_flag_overrides_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.port, settings.model_store) == (9001, Path("/srv/models"))
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/models", "gs://bucket"])
+def test_a_store_may_be_a_url(url: str) -> None:
+    """A URL stays the text it is; what is none is a folder."""
+    assert Settings.read({"model_store": url}).model_store == url
+    assert Settings.read({"model_store": "a/b"}).model_store == Path("a/b")
+
+
 def test_lists_are_json_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
     """The allowed factories read as a JSON list from a flag as from the environment."""
     text = '["python/a.b:c", "python/d:e"]'

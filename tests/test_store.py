@@ -86,7 +86,7 @@ def replace_scores(store: Store, scores: NDArray[Any] | None) -> None:
 
 def write_again(store: Store, loaded: LoadedBundle, *, version: int) -> Path:
     """Write a bundle's content as another version."""
-    return store.write(
+    written = store.write(
         lambda digest: loaded.bundle.model_copy(
             update={"version": version, "weights_sha256": digest}
         ),
@@ -94,6 +94,7 @@ def write_again(store: Store, loaded: LoadedBundle, *, version: int) -> Path:
         weights=loaded.weights,
         calibration_scores=loaded.calibration_scores,
     )
+    return Path(written)
 
 
 def left_in(folder: Path) -> list[str]:
@@ -549,3 +550,36 @@ def test_foreign_code_must_be_allowed(store: Store) -> None:
         with pytest.raises(BundleError, match=r"runs code of python/a\.b:c; list it"):
             store.load("tiny", allowed_factories=allowed)
     assert store.load("tiny", allowed_factories=["python/a.b:c"]).bundle.version == 1
+
+
+def test_the_pointer_and_the_way_back(store: Store) -> None:
+    """The pointer names the version in force and the one before; a second step back returns."""
+    write_again(store, store.load("tiny"), version=2)
+    assert store.pointer("tiny") is None
+    assert store.read("tiny").version == 2
+    with pytest.raises(BundleError, match=r"active\.json names no version before"):
+        store.roll_back("tiny")
+
+    store.activate("tiny", 2)
+    store.activate("tiny", 1)
+
+    pointer = store.pointer("tiny")
+    assert pointer is not None
+    assert (pointer.version, pointer.previous) == (1, 2)
+    assert store.read("tiny").version == store.current("tiny") == 1
+    assert store.roll_back("tiny").version == 2
+    assert store.roll_back("tiny").version == 1
+    assert store.activate("tiny", 1).previous == 2
+    assert store.versions("tiny") == [1, 2]
+    assert left_in(store.root / "tiny") == ["1", "2", "active.json"]
+
+
+def test_nobody_is_pointed_to_a_damaged_bundle(store: Store) -> None:
+    """The weights are verified first, and what is absent is told."""
+    (folder_of(store) / WEIGHTS_FILE).write_bytes(b"cut")
+
+    with pytest.raises(BundleError, match="sha256"):
+        store.activate("tiny", 1)
+    with pytest.raises(BundleNotFoundError, match="no version 7; it has: 1"):
+        store.activate("tiny", 7)
+    assert store.pointer("tiny") is None

@@ -30,6 +30,7 @@ from app.errors import (
     QueueFullError,
     RequestTooLargeError,
     ReviewNotFoundError,
+    StoreUnavailableError,
     UnauthorizedError,
     UndecodableImageError,
     UnsupportedImageError,
@@ -59,6 +60,7 @@ STATUS: Final[Mapping[type[NormGateError], int]] = {
     ForwardError: 500,
     UpstreamError: 502,
     NotReadyError: 503,
+    StoreUnavailableError: 503,
     DeadlineExceededError: 504,
     UpstreamTimeoutError: 504,
 }
@@ -68,6 +70,7 @@ REASONS: Final[Mapping[type[NormGateError], RejectReason]] = {
     ReviewNotFoundError: "malformed",
     ActivationError: "failed",
     BundleError: "failed",
+    StoreUnavailableError: "failed",
     UnauthorizedError: "unauthorized",
     ForbiddenError: "unauthorized",
     RequestTooLargeError: "too_large",
@@ -152,7 +155,7 @@ def error_response(request: Request, error: NormGateError, metrics: Metrics) -> 
     status = STATUS.get(type(error), 500)
     detail = str(error) if status != 500 else "the server failed on this request"
     headers = {}
-    if isinstance(error, BusyError | NotReadyError):
+    if isinstance(error, BusyError | NotReadyError | StoreUnavailableError):
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, DeadlineExceededError):
         headers["Retry-After"] = str(request.app.state.service.retry_after_s())

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.core.engines import EngineName
 from app.serving.review_folder import ReviewImage
 from app.store import Bundle
 
@@ -88,6 +89,7 @@ class ModelVersion(BaseModel):
 
     is_active: bool
     state: Literal["active", "loaded", "shadow", "stored", "failed"]
+    engines: list[EngineName] = Field(description="What runs it; none while it is not loaded.")
     bundle: Bundle
 
 

@@ -1,14 +1,16 @@
 """A calibrated classifier: logits, FeatureNorm, p-value and verdict from one forward pass."""
 
+import copy
 from dataclasses import dataclass
-from typing import Final, Literal, cast
+from typing import Final, Literal, Self, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from app.core.blocks import Block, BlockNorms
+from app.core.blocks import Block
+from app.core.engines import Engine, EngineName, TorchEngine
 from app.core.images import Preprocessing
 from app.core.scores import (
     SCORES,
@@ -19,13 +21,17 @@ from app.core.scores import (
     selected_norm_logits,
 )
 from app.core.threshold import p_values
-from app.errors import NetworkError
+from app.errors import EngineError, NetworkError
 
 BATCH_TOLERANCE: Final = 1e-4
 """Largest relative difference of one image's score between batches of different size, in fp32.
 
 Convolution kernels are chosen by batch size and sum in another order.
 """
+ENGINE_TOLERANCE: Final = 1e-4
+"""Largest relative difference of one image's score between two engines, in fp32."""
+LOGIT_TOLERANCE: Final = 1e-3
+"""Largest difference of a logit between two engines, relative to the largest of its image."""
 
 
 Verdict = Literal["id", "uncertain", "ood"]
@@ -81,7 +87,7 @@ class Detector:
     """Classifier and out-of-distribution detector in one forward pass.
 
     Calibration, evaluation and serving all score through this class. One instance serves one
-    thread at a time.
+    thread at a time. It runs on torch until :meth:`on_engine` gives one on another engine.
 
     Args:
         network: in evaluation mode, on its device.
@@ -113,22 +119,42 @@ class Detector:
     ) -> None:
         if score in SCORES_WITH_HEAD and head is None:
             raise NetworkError(f"score {score} needs the name of the network's last linear layer")
-        self._norms = BlockNorms(network, [block])
-        self._block = block
-        self._head = head
-        self._network = network
-        self._preprocessing = preprocessing
+        has_head = score in SCORES_WITH_HEAD and head is not None
+        self._network: nn.Module | None = network
+        self._engine: Engine = TorchEngine(
+            network, block=block, preprocessing=preprocessing, head=head if has_head else None
+        )
+        self._head_bias = _bias(network, head) if has_head and head is not None else None
         self._score_name = score
         self._threshold = np.float32(threshold)
         self._uncertain_below = None if uncertain_below is None else np.float32(uncertain_below)
         self._calibration_scores = calibration_scores
         self._class_levels = class_levels
-        self._device = next(network.parameters()).device
 
     @property
     def network(self) -> nn.Module:
-        """The classifier, on its device."""
+        """The classifier, on its device.
+
+        Raises:
+            NetworkError: this detector runs on another engine than torch.
+        """
+        if self._network is None:
+            raise NetworkError(f"a detector on {self._engine.name} has no torch network")
         return self._network
+
+    @property
+    def engine(self) -> EngineName:
+        """What runs the network."""
+        return self._engine.name
+
+    def on_engine(self, engine: Engine) -> Self:
+        """A detector with the same levels on another engine; the torch network is let go of.
+
+        Whether it agrees with this one is for :func:`check_agreement` to say.
+        """
+        other = copy.copy(self)
+        other._engine, other._network = engine, None
+        return other
 
     @torch.inference_mode()
     def detect(self, images: Tensor) -> Detections:
@@ -141,12 +167,8 @@ class Detector:
             One entry an image, in order. A score depends on the batch it travelled in by less
             than ``BATCH_TOLERANCE``, relatively.
         """
-        inputs, features = self._inputs(images), None
-        if self._score_name in SCORES_WITH_HEAD and self._head is not None:
-            logits, norms, features = self._norms.run_with_features(inputs, head=self._head)
-        else:
-            logits, norms = self._norms.run(inputs)
-        return self.judge_outputs(norms[self._block.name], logits, features)
+        outputs = self._engine.run(images)
+        return self.judge_outputs(outputs.feature_norms, outputs.logits, outputs.features)
 
     @torch.inference_mode()
     def judge(self, images: Tensor) -> Verdicts:
@@ -156,8 +178,7 @@ class Detector:
         """
         if self._score_name not in SCORES_WITHOUT_LOGITS or self._class_levels is not None:
             return self.detect(images)
-        norms = self._norms.run_to_last_block(self._inputs(images))
-        return self._judge(Evidence(norms[self._block.name]), None)
+        return self._judge(Evidence(self._engine.run_to_block(images)), None)
 
     @torch.inference_mode()
     def judge_outputs(
@@ -173,18 +194,11 @@ class Detector:
         rescaled = None
         if self._score_name in SCORES_WITH_HEAD and features is not None:
             rescaled = selected_norm_logits(
-                logits, features=features, bias=self._head_bias(), feature_norms=feature_norms
+                logits, features=features, bias=self._head_bias, feature_norms=feature_norms
             )
         classes = logits.argmax(dim=1).cpu().numpy()
         verdicts = self._judge(Evidence(feature_norms, logits, rescaled), classes)
         return Detections(**vars(verdicts), logits=logits.cpu().numpy())
-
-    def _inputs(self, images: Tensor) -> Tensor:
-        return self._preprocessing.normalise(images.to(self._device))
-
-    def _head_bias(self) -> Tensor | None:
-        assert self._head is not None
-        return cast("Tensor | None", self._network.get_submodule(self._head).bias)
 
     def _judge(self, evidence: Evidence, classes: NDArray[np.int64] | None) -> Verdicts:
         scores = SCORES[self._score_name](evidence).cpu().numpy()
@@ -225,6 +239,70 @@ class Detector:
             if not np.isnan(levels.thresholds[label]):
                 own = self._calibration_scores[levels.calibration_classes == label]
                 values[classes == label] = p_values(scores[classes == label], own)
+
+
+@torch.inference_mode()
+def check_agreement(detector: Detector, reference: Detector, images: Tensor) -> None:
+    """Return when two detectors score some images alike.
+
+    A score may differ by ``ENGINE_TOLERANCE`` of itself or of the threshold, whichever is larger
+    (scores that are logarithms pass through zero), a logit by ``LOGIT_TOLERANCE`` of its image's
+    largest; the verdict of an image whose score is further from its threshold is the same.
+
+    Args:
+        detector: on the engine in question.
+        reference: on the engine that the threshold was set with.
+        images: ``[B, 3, crop, crop]`` uint8; the first is scored alone too.
+
+    Raises:
+        EngineError: they differ; the message says by how much.
+    """
+    together, truth = detector.detect(images), reference.detect(images)
+    alone, first = detector.detect(images[:1]), slice(0, 1)
+    _check_scores("in a batch", together.scores, truth.scores, truth.thresholds)
+    _check_scores("alone", alone.scores, truth.scores[first], truth.thresholds[first])
+    _check_scores("at the block", detector.judge(images).scores, truth.scores, truth.thresholds)
+    _check_logits(together.logits, truth.logits)
+    _check_logits(alone.logits, truth.logits[first])
+
+
+def _check_scores(
+    run: str,
+    found: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    thresholds: NDArray[np.float32],
+) -> None:
+    _check_shapes(found, expected)
+    finite = np.where(np.isfinite(thresholds), np.abs(thresholds), 0)
+    scale = np.maximum(np.maximum(np.abs(expected), finite), np.finfo(np.float32).tiny)
+    difference = float((np.abs(found - expected) / scale).max())
+    # Not "above": a score that is no number is above nothing.
+    if not difference <= ENGINE_TOLERANCE:
+        raise EngineError(
+            f"a score {run} differs from torch's by {difference:.2g} of itself; the limit is "
+            f"{ENGINE_TOLERANCE:g}"
+        )
+
+
+def _check_logits(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+    _check_shapes(found, expected)
+    scale = np.maximum(np.abs(expected).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    difference = float((np.abs(found - expected) / scale).max())
+    if not difference <= LOGIT_TOLERANCE:
+        raise EngineError(
+            f"a logit differs from torch's by {difference:.2g} of the largest; the limit is "
+            f"{LOGIT_TOLERANCE:g}"
+        )
+
+
+def _check_shapes(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+    if found.shape != expected.shape:
+        raise EngineError(f"an output has shape {found.shape}; torch's has {expected.shape}")
+
+
+def _bias(network: nn.Module, head: str) -> Tensor | None:
+    bias = cast("Tensor | None", network.get_submodule(head).bias)
+    return None if bias is None else bias.detach()
 
 
 def _own_or(own: NDArray[np.float32], for_all: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -9,7 +9,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.stats import bootstrap
 
 from app.core.blocks import Block
 from app.core.feature_norm import Layout
@@ -110,6 +109,9 @@ def _with_intervals(
     if np.ptp(wide, axis=0).max() == 0:
         low = high = means
     else:
+        # Not at the top: its import takes a quarter of torch's, and a server needs none of it.
+        from scipy.stats import bootstrap
+
         # One resample at a time keeps the memory at a few copies of the ratios.
         interval = bootstrap(
             (wide,),

@@ -11,7 +11,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.stats import beta
+from scipy.special import betainc, betaincinv
 
 from app.errors import CalibrationError
 
@@ -162,7 +162,7 @@ def pac_rank(n: int, *, alpha: float, delta: float) -> int:
     _check_rate("delta", delta)
     ranks = np.arange(1, n + 1)
     # The CDF falls as k grows, so the qualifying ranks are the first ones.
-    k = int(np.count_nonzero(beta.cdf(alpha, ranks, n + 1 - ranks) >= 1 - delta))
+    k = int(np.count_nonzero(betainc(ranks, n + 1 - ranks, alpha) >= 1 - delta))
     if k < 1:
         needed = math.ceil(math.log(delta) / math.log1p(-alpha))
         raise CalibrationError(
@@ -179,7 +179,7 @@ def realised_rate(n: int, *, k: int, level: float = INTERVAL_LEVEL) -> RateInter
     this is its exact distribution (Vovk 2012, "Conditional validity of inductive conformal
     predictors").
     """
-    low, high = beta.interval(level, k, n + 1 - k)
+    low, high = betaincinv(k, n + 1 - k, ((1 - level) / 2, (1 + level) / 2))
     return RateInterval(low=float(low), high=float(high), level=level)
 
 

@@ -104,7 +104,8 @@ class Calibration:
     """A bundle just written, and where."""
 
     bundle: Bundle
-    folder: Path
+    folder: Path | str
+    """Of a store that is no folder, the URL."""
 
 
 def calibrate(options: CalibrationOptions, store: Store, *, progress: Progress) -> Calibration:
@@ -196,7 +197,8 @@ class _Run:
         permutations = draw_permutations(len(self._selection.files), seed=self._options.seed)
         of_images: list[NDArray[np.float32]] = []
         of_puzzles: list[NDArray[np.float32]] = []
-        for batch, inputs in self._batches("choosing the block", self._selection):
+        for batch in self._batches("choosing the block", self._selection):
+            inputs = self._preprocessing.normalise(batch.images.to(self._options.device))
             puzzles = jigsaw(inputs, permutations[batch.indices], edge=self._options.edge)
             of_images.append(_columns(norms.run(inputs)[1]))
             of_puzzles.append(_columns(norms.run(puzzles)[1]))
@@ -214,7 +216,7 @@ class _Run:
         detector = self._detector(block, np.empty(0, dtype=np.float32), -np.inf)
         scores: list[NDArray[np.float32]] = []
         classes: list[NDArray[np.int64]] = []
-        for batch, _ in self._batches("setting the threshold", self._held_out):
+        for batch in self._batches("setting the threshold", self._held_out):
             detections = detector.detect(batch.images)
             scores.append(detections.scores)
             classes.append(detections.logits.argmax(axis=1))
@@ -307,16 +309,13 @@ class _Run:
             head=self._head,
         )
 
-    def _batches(self, title: str, folder: ImageFolder) -> Iterator[tuple[Batch, Tensor]]:
-        """The readable images of each batch, with the network's input made from them."""
+    def _batches(self, title: str, folder: ImageFolder) -> Iterator[Batch]:
+        """The readable images of each batch."""
         options = self._options
         batches = folder.batches(
             self._preprocessing, batch_size=options.batch_size, max_pixels=options.max_pixels
         )
-        for batch in tracked(
-            batches, title=title, total=len(folder.files), progress=self._progress
-        ):
-            yield batch, self._preprocessing.normalise(batch.images.to(options.device))
+        return tracked(batches, title=title, total=len(folder.files), progress=self._progress)
 
 
 def _image_folders(options: CalibrationOptions) -> tuple[ImageFolder, ImageFolder]:

@@ -141,12 +141,14 @@ def print_score_summary(summary: ScoreSummary, out: Path) -> None:
 
 
 def print_models(store: Store) -> None:
-    """Every bundle of the store with its block, threshold and alpha."""
-    table = Table(title=f"{store.root}")
-    for heading in ("model", "version", "architecture", "block", "threshold", "alpha", "created"):
+    """Every bundle of the store with its block, threshold and alpha; which one is pointed to."""
+    table = Table(title=store.title)
+    headings = ("model", "version", "architecture", "block", "threshold", "alpha", "created", "")
+    for heading in headings:
         table.add_column(heading)
-    for name in store.names():
-        for version in store.versions(name):
+    for name, versions in store.index().items():
+        pointer = store.pointer(name)
+        for version in versions:
             bundle = store.read(name, version)
             table.add_row(
                 name,
@@ -156,6 +158,7 @@ def print_models(store: Store) -> None:
                 f"{bundle.threshold.value:.6g}",
                 f"{bundle.threshold.alpha:g}",
                 f"{bundle.created:%Y-%m-%d}",
+                "active" if pointer is not None and version == pointer.version else "",
             )
     _console().print(table)
 

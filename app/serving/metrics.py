@@ -10,6 +10,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from app.core.detector import Verdict
+from app.core.engines import EngineName
 from app.serving.drift import DriftCollector
 from app.serving.stages import STAGES, Interval, Stage, intervals
 from app.store import Bundle
@@ -159,6 +160,9 @@ class Metrics:
         self.model_load_seconds = self._gauge(
             "model_load_seconds", "Time it took to load and warm up a model version.", model
         )
+        self.model_engine = self._gauge(
+            "model_engine", "1 for every engine that runs a loaded version.", (*model, "engine")
+        )
         self.model_role = self._gauge(
             "model_role",
             "1 for what a loaded version does: answer (active), answer when named (loaded), "
@@ -185,6 +189,7 @@ class Metrics:
         )
         self.drift = DriftCollector()
         self.registry.register(self.drift)
+        self._engines: dict[tuple[str, str], frozenset[EngineName]] = {}
         self._roles: dict[str, set[tuple[str, str]]] = {}
         self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
         self._rejected = {reason: self.rejected.labels(reason) for reason in REJECT_REASONS}
@@ -209,14 +214,23 @@ class Metrics:
         """Count images or requests that got no verdict."""
         self._rejected[reason].inc(count)
 
-    def remember(self, bundle: Bundle, *, load_seconds: float) -> None:
+    def remember(
+        self, bundle: Bundle, *, load_seconds: float, engines: Iterable[EngineName]
+    ) -> None:
         """A version has been loaded."""
+        key = bundle.name, str(bundle.version)
+        self._engines[key] = frozenset(engines)
+        for engine in self._engines[key]:
+            self.model_engine.labels(*key, engine).set(1)
         self.model_info.labels(*_info_labels(bundle)).set(1)
         self.model_load_seconds.labels(bundle.name, str(bundle.version)).set(load_seconds)
 
     def forget(self, bundle: Bundle) -> None:
         """A version has been let go; its counters stay, as Prometheus wants them."""
         self.model_info.remove(*_info_labels(bundle))
+        key = bundle.name, str(bundle.version)
+        for engine in self._engines.pop(key):
+            self.model_engine.remove(*key, engine)
         self.model_load_seconds.remove(bundle.name, str(bundle.version))
 
     def set_roles(self, model: str, roles: Mapping[int, str]) -> None:

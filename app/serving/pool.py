@@ -17,12 +17,21 @@ import torch
 
 from app.core.allocator import return_memory
 from app.core.detector import Detector
-from app.errors import ActivationError, BundleError, BundleNotFoundError
+from app.core.engines import EngineName
+from app.errors import (
+    ActivationError,
+    BundleError,
+    BundleNotFoundError,
+    EngineError,
+    NoEngineError,
+    NoGraphsError,
+    StoreUnavailableError,
+)
 from app.serving.drift import DriftMonitor
 from app.serving.metrics import Metrics, ScoreMetrics, ShadowMetrics
 from app.serving.statistics import ModelStatistics
 from app.settings import Settings
-from app.store import Bundle, Store
+from app.store import Bundle, LoadedBundle, Pointer, Store
 
 logger: Final = structlog.get_logger(__name__)
 
@@ -87,6 +96,9 @@ class _Search:
     """What earlier searches of the store saw."""
 
     newest: dict[str, int] = field(default_factory=dict)
+    pointers: dict[str, Pointer] = field(default_factory=dict)
+    damage: dict[str, str] = field(default_factory=dict)
+    """What is wrong with a model's pointer."""
     failures: dict[tuple[str, int], _Failure] = field(default_factory=dict)
 
 
@@ -101,7 +113,7 @@ class ModelPool:
 
     def __init__(self, settings: Settings, metrics: Metrics, *, devices: Sequence[str]) -> None:
         self._settings = settings
-        self._store = Store(settings.model_store)
+        self._store = Store(settings.model_store, cache=settings.model_cache)
         self._metrics = metrics
         self._devices = devices
         self._models: Mapping[str, _Model] = {}
@@ -109,30 +121,48 @@ class ModelPool:
         self._changing = threading.Lock()
 
     def load(self) -> None:
-        """Load and warm up the newest versions of every model in the store.
+        """Load and warm up the version in force and the newest others of every model.
+
+        In force is what the store's pointer says, or the newest where it says nothing. A store
+        that cannot be reached is replaced by the verified copies on this machine.
 
         Raises:
-            BundleError: a newest bundle is damaged, or there is none at all, or not the default.
+            BundleError: a bundle in force is damaged, or there is none at all, or not the default.
+            StoreUnavailableError: the store cannot be reached, and there are no copies.
         """
-        names = self._store.names()
-        if not names:
-            raise BundleError(f"no bundle in model store {self._settings.model_store}")
-        if self._settings.model is not None and self._settings.model not in names:
+        try:
+            self._load_all(self._store)
+        except StoreUnavailableError as outage:
+            copies = Store(self._store.root)
+            if not copies.names():
+                raise
+            logger.warning("the store cannot be reached, the cache serves", reason=str(outage))
+            self._load_all(copies)
+
+    def _load_all(self, store: Store) -> None:
+        index = store.index()
+        if not index:
+            raise BundleError(f"no bundle in model store {store.title}")
+        if self._settings.model is not None and self._settings.model not in index:
             raise BundleNotFoundError(
-                f"no model {self._settings.model!r} in {self._settings.model_store}; "
-                f"there are: {', '.join(names)}"
+                f"no model {self._settings.model!r} in {store.title}; there are: {', '.join(index)}"
             )
         with self._changing:
-            for name in names:
-                newest, *older = self._store.versions(name)[::-1]
-                self._search.newest[name] = newest
-                versions = {newest: self._load(name, newest)}
-                for version in older[: self._settings.kept_versions - 1]:
+            for name, stored in index.items():
+                pointer = store.pointer(name)
+                active = stored[-1] if pointer is None else pointer.version
+                versions = {active: self._load(name, active, store)}
+                others = [version for version in stored[::-1] if version != active]
+                for version in others[: self._settings.kept_versions - 1]:
                     try:
-                        versions[version] = self._load(name, version)
+                        versions[version] = self._load(name, version, store)
+                    except StoreUnavailableError:
+                        raise
                     except BundleError as error:
                         self._note_failure(name, version, str(error))
-                self._put(name, _Model(active=newest, versions=versions))
+                self._search.newest[name] = stored[-1]
+                self._note_pointer(name, pointer)
+                self._put(name, _Model(active=active, versions=versions))
 
     def resolve(self, name: str | None = None, version: int | None = None) -> LoadedModel:
         """The model that answers.
@@ -216,6 +246,14 @@ class ModelPool:
             self.state(name, version) for name in sorted(stored) for version in sorted(stored[name])
         ]
 
+    def engines(self, name: str, version: int) -> list[EngineName]:
+        """What runs a version on the devices; nothing while it is not loaded."""
+        model = self._models.get(name)
+        loaded = {} if model is None else model.loaded()
+        if version not in loaded:
+            return []
+        return sorted({detector.engine for detector in loaded[version].detectors.values()})
+
     def describe(self, name: str, version: int) -> Bundle:
         """The bundle of a version, from memory or from the store.
 
@@ -232,14 +270,15 @@ class ModelPool:
 
         Args:
             name: a model in the store, loaded or not.
-            version: the newest when None.
+            version: the one in force in the store when None.
 
         Raises:
             BundleNotFoundError: there is no such bundle.
             ActivationError: the bundle cannot serve; what answered before still does.
+            StoreUnavailableError: the store cannot be reached, and there is no copy.
         """
         with self._changing:
-            version = self._store.newest(name) if version is None else version
+            version = self._store.current(name) if version is None else version
             loaded = self._loaded_or_new(name, version)
             before = self._models.get(name)
             kept = {} if before is None else dict(before.versions)
@@ -294,40 +333,89 @@ class ModelPool:
         logger.info("model unloaded", model=name)
 
     def refresh(self) -> list[VersionState]:
-        """Search the store for new versions and do with them as the settings say.
+        """Follow the store's pointers, and do with new versions as the settings say.
+
+        A pointer is followed when it has changed; what an operator activates here holds until
+        then. Where there is one, a new version is not activated by itself.
 
         Returns:
             The new versions and what they are now; one that cannot serve is ``failed``, is told
             why, and is tried again when its files have changed.
+
+        Raises:
+            StoreUnavailableError: the store cannot be reached; all goes on as it was.
         """
         found: list[VersionState] = []
-        for name in self._store.names():
-            version = self._store.newest(name)
-            if not self._is_new(name, version):
-                continue
-            # A failure is noted where it happened, and told by the state; a version that vanished
-            # meanwhile is no version.
-            with suppress(ActivationError, BundleNotFoundError):
-                self._welcome(name, version)
-            self._search.newest[name] = version
-            found.append(self.state(name, version))
+        for name, versions in self._store.index().items():
+            pointer = self._pointer(name)
+            new = [versions[-1]] if self._is_new(name, versions[-1]) else []
+            if pointer is not None and self._is_to_follow(name, pointer):
+                # A failure is noted where it happened, and told by the state.
+                with suppress(ActivationError):
+                    self._follow(name, pointer)
+                self._note_pointer(name, pointer)
+                found.append(self.state(name, pointer.version))
+                new = [version for version in new if version != pointer.version]
+            for version in new:
+                # A version that vanished meanwhile is no version.
+                with suppress(ActivationError, BundleNotFoundError):
+                    self._welcome(name, version, has_pointer=pointer is not None)
+                found.append(self.state(name, version))
+            self._search.newest[name] = max(versions[-1], self._search.newest.get(name, 0))
+            if pointer is None and name not in self._search.damage:
+                self._note_pointer(name, None)
         return found
 
+    def _pointer(self, name: str) -> Pointer | None:
+        """The pointer in the store; the one seen last where it is damaged, which is told once."""
+        try:
+            pointer = self._store.pointer(name)
+        except StoreUnavailableError:
+            raise
+        except BundleError as error:
+            if self._search.damage.get(name) != str(error):
+                logger.warning("a pointer is not followed", model=name, reason=str(error))
+            self._search.damage[name] = str(error)
+            return self._search.pointers.get(name)
+        self._search.damage.pop(name, None)
+        return pointer
+
+    def _is_to_follow(self, name: str, pointer: Pointer) -> bool:
+        return pointer != self._search.pointers.get(name) or self._is_mended(name, pointer.version)
+
+    def _follow(self, name: str, pointer: Pointer) -> None:
+        try:
+            self.activate(name, pointer.version)
+        except BundleNotFoundError as error:
+            self._note_failure(name, pointer.version, str(error))
+
+    def _note_pointer(self, name: str, pointer: Pointer | None) -> None:
+        self._search.pointers.pop(name, None)
+        if pointer is not None:
+            self._search.pointers[name] = pointer
+
     def _is_new(self, name: str, version: int) -> bool:
-        if failure := self._search.failures.get((name, version)):
-            return failure.signature != self._store.signature(name, version)
+        if (name, version) in self._search.failures:
+            return self._is_mended(name, version)
         return version > self._search.newest.get(name, 0)
 
-    def _welcome(self, name: str, version: int) -> None:
-        if self._settings.on_new_version == "report":
-            logger.info("new version found", model=name, version=version)
-        elif self._settings.on_new_version == "shadow" and name in self._models:
+    def _is_mended(self, name: str, version: int) -> bool:
+        failure = self._search.failures.get((name, version))
+        return failure is not None and failure.signature != self._store.signature(name, version)
+
+    def _welcome(self, name: str, version: int, *, has_pointer: bool) -> None:
+        policy = self._settings.on_new_version
+        if policy == "shadow" and name in self._models:
             self.start_shadow(name, version, share=self._settings.shadow_share)
+        elif policy == "report" or has_pointer:
+            logger.info("new version found", model=name, version=version)
         else:
             self.activate(name, version)
 
     def _note_failure(self, name: str, version: int, reason: str) -> None:
-        signature = self._store.signature(name, version)
+        signature = None
+        with suppress(StoreUnavailableError):
+            signature = self._store.signature(name, version)
         self._search.failures[name, version] = _Failure(reason, signature)
         logger.warning("version cannot serve", model=name, version=version, reason=reason)
 
@@ -337,8 +425,8 @@ class ModelPool:
         if version in loaded:
             return loaded[version]
         try:
-            return self._load(name, version)
-        except BundleNotFoundError:
+            return self._load(name, version, self._store)
+        except (BundleNotFoundError, StoreUnavailableError):
             raise
         except BundleError as error:
             reason = str(error)
@@ -381,14 +469,13 @@ class ModelPool:
         # The last request that holds it lets it go; only then is there memory to return.
         weakref.finalize(model, _return_memory_soon, bundle.name, bundle.version)
 
-    def _load(self, name: str, version: int) -> LoadedModel:
+    def _load(self, name: str, version: int, store: Store) -> LoadedModel:
         started = time.monotonic()
-        stored = self._store.load(name, version, allowed_factories=self._settings.allowed_factories)
+        stored = self._read(name, version, store)
         bundle = stored.bundle
-        detectors = {device: stored.detector(device=device) for device in self._devices}
+        detectors = {device: self._detector(stored, device) for device in self._devices}
         for detector in detectors.values():
             self._warm_up(detector, side=bundle.preprocessing.crop)
-        self._metrics.remember(bundle, load_seconds=time.monotonic() - started)
         drift = DriftMonitor(
             stored.calibration_scores,
             threshold=bundle.threshold,
@@ -397,6 +484,11 @@ class ModelPool:
             bound=self._settings.drift_false_alarm_bound,
         )
         self._metrics.drift.add(drift)
+        self._metrics.remember(
+            bundle,
+            load_seconds=time.monotonic() - started,
+            engines={detector.engine for detector in detectors.values()},
+        )
         self._search.failures.pop((name, version), None)
         return LoadedModel(
             bundle=bundle,
@@ -408,6 +500,36 @@ class ModelPool:
             ),
             drift=drift,
         )
+
+    def _read(self, name: str, version: int, store: Store) -> LoadedBundle:
+        allowed = self._settings.allowed_factories
+        try:
+            return store.load(name, version, allowed_factories=allowed)
+        except StoreUnavailableError as outage:
+            try:
+                copy = Store(store.root).load(name, version, allowed_factories=allowed)
+            except BundleNotFoundError:
+                raise outage from None
+            logger.warning("version loaded from the cache", model=name, reason=str(outage))
+            return copy
+
+    def _detector(self, stored: LoadedBundle, device: str) -> Detector:
+        """A detector on the engine that the settings want; torch where another cannot run it."""
+        detector = stored.detector(device=device)
+        wanted = self._settings.engine
+        if wanted == "torch" or (wanted == "auto" and device != "cpu"):
+            return detector
+        if device != "cpu":
+            raise EngineError(f"onnxruntime runs networks on the CPU, not on {device}")
+        try:
+            return stored.on_onnxruntime(detector)
+        except EngineError as error:
+            if wanted == "onnxruntime":
+                raise
+            is_expected = isinstance(error, NoEngineError | NoGraphsError)
+            log = logger.info if is_expected else logger.warning
+            log("torch runs the network", device=device, reason=str(error))
+            return detector
 
     def _warm_up(self, detector: Detector, *, side: int) -> None:
         """Passes at both ends of the batch sizes, so that no request pays for set-up."""

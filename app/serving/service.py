@@ -12,7 +12,13 @@ from typing import Any, Final
 from torch import Tensor
 
 from app.core.images import Preprocessing
-from app.errors import ForwardError, ImageError, NotReadyError, ServingError
+from app.errors import (
+    ForwardError,
+    ImageError,
+    NotReadyError,
+    ServingError,
+    StoreUnavailableError,
+)
 from app.serving.batcher import Batcher, DropReason
 from app.serving.budget import MemoryBudget
 from app.serving.decoding import Decoders
@@ -32,6 +38,9 @@ _DECODES_A_THREAD: Final = 4
 """Images of one request that are being decoded, or wait for it, for each thread."""
 _SHADOW_BATCHES: Final = 4
 """Batches of images that may be on their way to a shadow; more are not shown to it."""
+_LONGEST_PAUSE_S: Final = 10
+"""Between two searches of a store that cannot be reached."""
+_MOST_DOUBLINGS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -157,13 +166,25 @@ class ScoringService:
             await self.review.watch()
 
     async def watch_store(self) -> None:
-        """Refresh every ``watch_s``, for ever; never where that is 0."""
-        while self._settings.watch_s:
-            await asyncio.sleep(self._settings.watch_s)
+        """Refresh every ``watch_s``, for ever; never where that is 0.
+
+        While the store cannot be reached it is asked less and less often, and told of once.
+        """
+        watch_s, failures = self._settings.watch_s, 0
+        while watch_s:
+            await asyncio.sleep(min(watch_s * 2**failures, max(watch_s, _LONGEST_PAUSE_S)))
             try:
                 await self.refresh()
+            except StoreUnavailableError as error:
+                if failures == 0:
+                    logger.warning("%s; what is loaded serves on", error)
+                failures = min(failures + 1, _MOST_DOUBLINGS)
             except Exception:
                 logger.exception("the store could not be searched for new versions")
+            else:
+                if failures:
+                    logger.info("the store is reached again")
+                failures = 0
 
     def model(self, name: str | None = None, version: int | None = None) -> LoadedModel:
         """The model that answers.

@@ -528,8 +528,8 @@ def _review() -> Sequence[Panel]:
         _graph(
             "Labels given",
             "What people said of images found OOD, in the chosen window. Many was_fine: false"
-            " alarms, recalibrate with them among the threshold images. Many really_ood: the gate"
-            " does its work. Empty: nobody has labelled any.",
+            " alarms, recalibrate on a uniform sample of what comes in, not on these alone."
+            " Many really_ood: the gate does its work. Empty: nobody has labelled any.",
             [
                 (
                     "sum by (model, version, label)"

@@ -174,14 +174,14 @@ def test_a_folder_needs_a_token() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["x", "0" * 31, "0" * 33, "A" * 32, "..%2f..%2fetc%2fpasswd", "%2e%2e", "0" * 31 + "%0a"],
+    ["x", "0" * 31, "0" * 33, "G" * 32, "..%2f..%2fetc%2fpasswd", "%2e%2e", "0" * 31 + "%0a"],
 )
 def test_names_that_are_no_ids(running: TestClient, name: str) -> None:
-    """What is not 32 hexadecimal digits reaches no file: 400, or no such route."""
+    """What is not 32 hexadecimal digits reaches no file: there is no such route."""
     for method, url in (("GET", "thumbnail"), ("PUT", "label"), ("DELETE", "")):
         path = f"/v1/review/{name}/{url}".rstrip("/")
         answer = running.request(method, path, json={"label": None})
-        assert answer.status_code in (400, 404, 405), path
+        assert answer.status_code in (404, 405), path
 
 
 @pytest.mark.parametrize(("method", "url"), ROUTES[2:])
@@ -274,7 +274,8 @@ def test_pages(client: TestClient) -> None:
     assert found == ids[::-1]
     assert client.get("/v1/review?limit=2").json()["total"] == 7
     assert client.get("/v1/review?limit=0").status_code == 400
-    assert client.get("/v1/review?before=yesterday").status_code == 400
+    for before in ("yesterday", "0.5", "2026-01-01"):
+        assert client.get(f"/v1/review?before={before}").status_code == 400
 
 
 def test_labels_as_csv(client: TestClient) -> None:

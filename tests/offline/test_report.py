@@ -130,7 +130,7 @@ def test_the_calibrations_report(tiny_options: CalibrationOptions, tmp_path: Pat
     options = replace(
         tiny_options, has_report=True, abstain_alpha=0.6, has_class_thresholds=True, alpha=0.4
     )
-    folder = calibrate(options, store, progress=silent).folder
+    folder = Path(calibrate(options, store, progress=silent).folder)
 
     page = Outline((folder / "report.html").read_text())
     bundle = store.load("tiny").bundle

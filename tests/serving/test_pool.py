@@ -278,3 +278,73 @@ def test_the_metrics_know_what_is_loaded(model: Path) -> None:
     info = {"model": "tiny", "architecture": "cifar/resnet18", "block": pool.resolve().bundle.block}
     assert read("normgate_model_info", info | {"version": "2"}) == 1
     assert read("normgate_model_info", info | {"version": "1"}) is None
+
+
+def test_the_pointer_decides_at_the_start(model: Path) -> None:
+    """What the pointer names answers, not the newest version."""
+    add_version(model, 2)
+    Store(model.parent).activate("tiny", 1)
+
+    assert states(loaded_pool(model)) == {1: "active", 2: "stored"}
+
+
+def test_the_pointer_is_followed_both_ways(model: Path) -> None:
+    """A refresh activates what the pointer names, and a rollback returns; a new version waits."""
+    store = Store(model.parent)
+    store.activate("tiny", 1)
+    pool = loaded_pool(model)
+    add_version(model, 2)
+    assert pool.refresh() == [VersionState("tiny", 2, "stored")]
+
+    store.activate("tiny", 2)
+    assert pool.refresh() == [VersionState("tiny", 2, "active")]
+    store.roll_back("tiny")
+    assert pool.refresh() == [VersionState("tiny", 1, "active")]
+    assert pool.refresh() == []
+
+
+def test_what_is_activated_here_holds_until_the_pointer_moves(model: Path) -> None:
+    """An operator's step on one process is not undone by the next search."""
+    add_version(model, 2)
+    store = Store(model.parent)
+    store.activate("tiny", 1)
+    pool = loaded_pool(model)
+
+    pool.activate("tiny", 2)
+    assert pool.refresh() == []
+    assert pool.resolve().bundle.version == 2
+
+    store.activate("tiny", 1)  # the same version, written anew
+    assert pool.refresh() == [VersionState("tiny", 1, "active")]
+
+
+def test_a_pointer_that_leads_nowhere(model: Path) -> None:
+    """It changes nothing and is told of once; it is followed when there is what it names."""
+    pool = loaded_pool(model)
+    (model / "active.json").write_text('{"version": 2, "written": "2026-01-01T00:00:00Z"}')
+
+    [failed] = pool.refresh()
+    assert (failed.state, failed.version) == ("failed", 2)
+    assert "no version 2; it has: 1" in failed.reason
+    assert pool.refresh() == []
+    assert pool.resolve().bundle.version == 1
+
+    add_version(model, 2)
+    assert pool.refresh() == [VersionState("tiny", 2, "active")]
+
+
+def test_a_damaged_pointer(model: Path) -> None:
+    """While serving it is not followed; a start that cannot know what to serve fails."""
+    store = Store(model.parent)
+    add_version(model, 2)
+    store.activate("tiny", 1)
+    pool = loaded_pool(model)
+
+    (model / "active.json").write_text("{")
+    assert pool.refresh() == []
+    assert pool.resolve().bundle.version == 1
+    with pytest.raises(BundleError, match=r"tiny/active\.json: the document"):
+        make_pool(model).load()
+
+    store.activate("tiny", 2)
+    assert pool.refresh() == [VersionState("tiny", 2, "active")]

@@ -60,7 +60,12 @@ async def get_version(service: ServiceOf, name: Name, version: Version) -> Model
     service.model()
     bundle = await asyncio.to_thread(service.models.describe, name, version)
     state = service.models.state(name, version).state
-    return ModelVersion(is_active=state == "active", state=state, bundle=bundle)
+    return ModelVersion(
+        is_active=state == "active",
+        state=state,
+        engines=service.models.engines(name, version),
+        bundle=bundle,
+    )
 
 
 @admin_router.post("/refresh", summary="Search the store for new versions")

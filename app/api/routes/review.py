@@ -5,8 +5,10 @@ They are other people's images, so that only the admin token opens these routes.
 
 from datetime import datetime
 from typing import Annotated, Any, Final
+from uuid import UUID
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from pydantic import BeforeValidator
 
 from app.api.auth import AdminRequired
 from app.api.deadline import in_time, request_deadline
@@ -17,7 +19,7 @@ from app.api.tensors import read_json
 from app.api.upload import read_bytes
 from app.api.v2_schemas import inlined
 from app.serving.review import ReviewQueue
-from app.serving.review_folder import ID_PATTERN, ReviewImage
+from app.serving.review_folder import ReviewImage
 
 NOT_STORED: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 """No cache on the way keeps what is removed here."""
@@ -44,14 +46,24 @@ router = APIRouter(
 """Only there where a review folder is set."""
 
 QueueOf = Annotated[ReviewQueue, Depends(_queue)]
-Id = Annotated[str, Path(pattern=ID_PATTERN, openapi_examples=_EXAMPLE_ID)]
+Id = Annotated[UUID, Path(openapi_examples=_EXAMPLE_ID)]
+"""Any other text is no route: no text of a client's becomes part of a path on the disk."""
+
+
+def _with_a_time(text: str) -> str:
+    if "T" not in text:  # else a number would be taken for seconds since 1970
+        raise ValueError("not a date and time as in 2026-01-31T12:00:00Z")
+    return text
+
+
+Moment = Annotated[datetime, BeforeValidator(_with_a_time)]
 
 
 @router.get("", summary="The images kept for review", responses=responses(400))
 async def list_images(
     queue: QueueOf,
     before: Annotated[
-        datetime | None, Query(description="Only images older than this: the next page.")
+        Moment | None, Query(description="Only images older than this: the next page.")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=1000, description="Images at once.")] = 200,
 ) -> ReviewList:
@@ -75,14 +87,14 @@ async def labels_csv(queue: QueueOf) -> Response:
 
 
 @router.get(
-    "/{id}/thumbnail",
+    "/{id:uuid}/thumbnail",
     summary="What it looks like",
     response_class=Response,
     responses=responses(400, 404, 422, 429) | {200: {"content": {"image/jpeg": _BINARY}}},
 )
 async def thumbnail(queue: QueueOf, id: Id) -> Response:
     """A JPEG of at most 256 pixels a side."""
-    return Response(await queue.thumbnail(id), media_type="image/jpeg", headers=NOT_STORED)
+    return Response(await queue.thumbnail(id.hex), media_type="image/jpeg", headers=NOT_STORED)
 
 
 _LABEL_BODY: Final[dict[str, Any]] = {
@@ -94,7 +106,7 @@ _LABEL_BODY: Final[dict[str, Any]] = {
 
 
 @router.put(
-    "/{id}/label",
+    "/{id:uuid}/label",
     summary="What a person says of it",
     responses=responses(400, 404, 413, 429, 504),
     openapi_extra=_LABEL_BODY,
@@ -103,11 +115,11 @@ async def put_label(request: Request, queue: QueueOf, settings: SettingsOf, id: 
     """`really_ood`, `was_fine`, or null for no label; the same again changes nothing."""
     async with in_time(request_deadline(request, settings)):
         body = await read_bytes(request, max_bytes=_MAX_BODY_BYTES)
-    return await queue.label(id, read_json(ReviewLabel, body).label)
+    return await queue.label(id.hex, read_json(ReviewLabel, body).label)
 
 
 @router.delete(
-    "/{id}",
+    "/{id:uuid}",
     summary="Remove an image",
     status_code=204,
     response_class=Response,
@@ -115,5 +127,5 @@ async def put_label(request: Request, queue: QueueOf, settings: SettingsOf, id: 
 )
 async def delete(queue: QueueOf, id: Id) -> Response:
     """The image, its scores and its label are removed from the disk."""
-    await queue.remove(id)
+    await queue.remove(id.hex)
     return Response(status_code=204, headers=NOT_STORED)

@@ -253,7 +253,7 @@ async def repository_index(
     openapi_extra={"requestBody": {"content": {"application/json": {"schema": inlined(LoadBody)}}}},
 )
 async def load(request: Request, service: ServiceOf, settings: SettingsOf, name: Name) -> Response:
-    """Loads and activates the newest version in the store; a failure changes nothing.
+    """Activates the version the store points to, or its newest; a failure changes nothing.
 
     A ``config`` or ``file:`` in the parameters is refused: what is served is what is stored.
     """

@@ -84,7 +84,7 @@ export class Panels {
       const parts = STAGES.map((stage) => [stage, quantile(0.5, before.stages[stage], last.stages[stage])])
         .filter(([, seconds]) => seconds !== null)
         .map(([stage, seconds]) => `${stage} ${duration(seconds)}`);
-      setText("latency-text", `median; 99% within ${duration(last.p99)} (${parts.join(", ")})`);
+      setText("latency-text", `median, solid; 99% within ${duration(last.p99)}, dashed. Medians: ${parts.join(", ")}`);
     }
     const label = "Median and 99th percentile of the latency over the last two minutes";
     this.#draw("latency-line", { main: "p50", second: "p99" }, label);
@@ -149,7 +149,9 @@ function showEvidence({ martingale, images: n, ks_distance: ks, psi }) {
   setText("drift-text", alarm ? alarmText(at, bound) : calmText(n, bound));
   const label = `Evidence of drift: ${percent(Math.max(share, 0))} of what an alarm needs`;
   byId("drift-evidence").replaceChildren(meter(share, { isFull: alarm, label }));
-  const known = { evidence: odds(log10), "alarm at": odds(needed) };
+  // The alarm stays when the evidence has sunk again.
+  const known = alarm ? { "evidence reached": odds(highest) } : { evidence: odds(log10) };
+  known["alarm at"] = odds(needed);
   if (ks !== null) known["KS distance"] = number(ks);
   if (psi !== null) known.PSI = number(psi);
   byId("drift-facts").replaceChildren(...facts(known).children);
@@ -157,11 +159,15 @@ function showEvidence({ martingale, images: n, ks_distance: ks, psi }) {
 
 function alarmText(at, bound) {
   const since = at === null ? "" : ` since ${moment(at)}`;
-  return `Images are no longer like the calibration images${since}. A false alarm ever: at most ${percent(bound)}.`;
+  return `Images are not like the calibration images${since}; the alarm stands until it is reset. ${promise(bound)}`;
 }
 
 function calmText(n, bound) {
-  return `${images(n)} tested against the calibration images. A false alarm ever: at most ${percent(bound)}.`;
+  return `${images(n)} tested against the calibration images. ${promise(bound)}`;
+}
+
+function promise(bound) {
+  return `Chance of a false alarm, however long it runs: at most ${percent(bound)}.`;
 }
 
 function showScores({ histogram: { edges, calibration, live }, threshold }) {

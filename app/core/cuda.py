@@ -1,0 +1,49 @@
+"""What a GPU needs beside torch's defaults: batches that arrive early, and whole fp32."""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+_SLOTS: Final = 2
+
+
+class PinnedCopies:
+    """Carries uint8 batches to a GPU through page-locked buffers, on a stream of their own.
+
+    The copy of a batch runs beside what the device still computes; the caller's stream waits for
+    the copy alone. For one thread.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._buffers = [torch.empty(0, dtype=torch.uint8).pin_memory() for _ in range(_SLOTS)]
+        self._copied = [torch.cuda.Event() for _ in range(_SLOTS)]
+        self._slot = 0
+
+    def to_device(self, images: Tensor) -> Tensor:
+        """The images on the device, ready for the current stream."""
+        self._slot = slot = (self._slot + 1) % _SLOTS
+        # The buffer may still be read by the copy before the last.
+        self._copied[slot].synchronize()
+        if self._buffers[slot].numel() < images.numel():
+            self._buffers[slot] = torch.empty(images.numel(), dtype=torch.uint8).pin_memory()
+        pinned = self._buffers[slot][: images.numel()].view(images.shape).copy_(images)
+        with torch.cuda.stream(self._stream):
+            arrived = pinned.to(self._device, non_blocking=True)
+            self._copied[slot].record(self._stream)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._copied[slot])
+        # Its memory belongs to the copying stream: without this it could be given out again there.
+        arrived.record_stream(current)
+        return arrived
+
+
+def use_whole_fp32() -> None:
+    """Let convolutions keep all 23 bits of the mantissa, in this process.
+
+    By default recent GPUs run them in TF32, with 10: another dtype than the one on the CPU, and a
+    threshold belongs to a dtype.
+    """
+    torch.backends.cudnn.allow_tf32 = False

@@ -1,0 +1,105 @@
+"""``normgate`` whose detectors only classify: the same server, to price the OOD score.
+
+No hook reads a block, nothing is compared with the calibration; the answers carry constants where
+a verdict would be. The engine is the one that the service would choose.
+"""
+
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app import cli
+from app.core.detector import Detections, Detector
+from app.core.onnx_graph import INPUT
+from app.store import LoadedBundle
+from benchmarks.bench.detectors import has_onnxruntime, logits_session
+
+
+class Classifier:
+    """What the workers need of a detector, from the logits alone.
+
+    Args:
+        logits: of images ``[B, 3, crop, crop]`` uint8.
+        engine: its name.
+    """
+
+    def __init__(self, logits: Callable[[Tensor], Tensor], *, engine: str) -> None:
+        self._logits = logits
+        self.engine = engine
+
+    @torch.inference_mode()
+    def detect(self, images: Tensor) -> Detections:
+        """The logits; every image is ``id`` and scores one."""
+        logits = self._logits(images).cpu().numpy()
+        ones, nothing = np.ones(len(images), np.float32), np.zeros(len(images), np.bool_)
+        return Detections(
+            feature_norms=ones,
+            scores=ones,
+            p_values=ones.astype(np.float64),
+            is_ood=nothing,
+            is_uncertain=nothing,
+            thresholds=ones,
+            logits=logits,
+        )
+
+    judge = detect
+
+
+def on_torch(loaded: LoadedBundle, detector: Detector) -> Classifier:
+    """The network alone, as torch runs it."""
+    network, preprocessing = detector.network, loaded.bundle.preprocessing
+    device = next(network.parameters()).device
+
+    def logits(images: Tensor) -> Tensor:
+        found: Tensor = network(preprocessing.normalise(images.to(device))).float()
+        return found
+
+    return Classifier(logits, engine="torch")
+
+
+def on_onnxruntime(loaded: LoadedBundle) -> Classifier:
+    """The network alone, as ONNX Runtime runs it."""
+    session = logits_session(loaded)
+
+    def logits(images: Tensor) -> Tensor:
+        [found] = session.run(None, {INPUT: images.numpy()})
+        return torch.from_numpy(found)
+
+    return Classifier(logits, engine="onnxruntime")
+
+
+def main() -> int:
+    """Run ``normgate`` with such detectors."""
+    detector = LoadedBundle.detector
+    convert = LoadedBundle.on_onnxruntime
+
+    def restore() -> None:
+        LoadedBundle.detector = detector  # type: ignore[method-assign]
+        LoadedBundle.on_onnxruntime = convert  # type: ignore[method-assign]
+
+    def unchanged(loaded: LoadedBundle, found: Classifier) -> Classifier:
+        return found
+
+    def replace() -> None:
+        LoadedBundle.detector = classifier  # type: ignore[assignment, method-assign]
+        # What runs on ONNX Runtime does so already.
+        LoadedBundle.on_onnxruntime = unchanged  # type: ignore[assignment, method-assign]
+
+    def classifier(loaded: LoadedBundle, *, device: str = "cpu") -> Classifier:
+        restore()
+        try:
+            if device == "cpu" and has_onnxruntime(loaded):
+                return on_onnxruntime(loaded)
+            return on_torch(loaded, loaded.detector(device=device))
+        finally:
+            replace()
+
+    replace()
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
