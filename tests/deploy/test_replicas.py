@@ -382,6 +382,12 @@ def test_autoscaler(watched: Watched, number: int) -> None:
     assert watched.ask(query.replace('"normgate"', '"absent"')) == {frozenset(): 0}
 
 
+def wait_for_answers(load: Load, *, more: int) -> None:
+    """Return once so many more requests have been answered."""
+    least = sum(load.outcomes.values()) + more
+    until(lambda: sum(load.outcomes.values()) >= least)
+
+
 def test_rolling_restart(fleet: Fleet) -> None:
     """All three end and start again, one after the other, under load: every answer is 200."""
     before = [server.process.pid for server in fleet.servers]
@@ -389,8 +395,7 @@ def test_rolling_restart(fleet: Fleet) -> None:
     with Load(through_nginx, clients=CLIENTS).running() as load:
         for number in range(REPLICAS):
             fleet.restart(number)
-            answered = sum(load.outcomes.values())
-            until(lambda least=answered + 30: sum(load.outcomes.values()) > least)
+            wait_for_answers(load, more=30)
 
     assert set(load.outcomes) == {200}
     assert not {server.process.pid for server in fleet.servers} & set(before)
