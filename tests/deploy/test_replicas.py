@@ -279,6 +279,8 @@ def test_panels(watched: Watched, relation: str, query: str) -> None:
     parts = watched.of_each(query)
 
     if relation == "sum":
+        # Some are 0 at this moment, whichever way they are put together.
+        assert query.startswith(("sum", "count"))
         assert whole == pytest.approx(dict(summed(parts)))
     elif relation == "max":
         assert whole.keys() == set().union(*parts)
