@@ -297,6 +297,8 @@ class ScoringService:
         async def decode_next() -> None:
             for position, data in waiting:
                 found[position] = await self._decode(data, preprocessing, deadline=deadline)
+                if len(files) > 1:
+                    await asyncio.sleep(0)  # tiny images never wait, and others have requests too
 
         # A few at a time: thousands at once would hold up the event loop, and every other request.
         at_once = min(len(files), _DECODES_A_THREAD * self._settings.decode_threads)

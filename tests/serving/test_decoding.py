@@ -46,6 +46,20 @@ def test_what_is_decoded_is_what_is_loaded_offline() -> None:
     run(scenario())
 
 
+def test_tiny_images_need_no_thread() -> None:
+    """An image as small as a network's input is decoded at once, in the loop."""
+
+    async def scenario() -> None:
+        pool = decoders()
+        pool.shutdown()
+        image = await pool.decode(jpeg(1), CIFAR_PREPROCESSING, deadline=NEVER)
+        assert image.equal(load(jpeg(1), CIFAR_PREPROCESSING))
+        with pytest.raises(RuntimeError, match="shutdown"):
+            await pool.decode(jpeg(1, height=65, width=64), CIFAR_PREPROCESSING, deadline=NEVER)
+
+    run(scenario())
+
+
 class Held(Preprocessing):
     """A preprocessing that holds every large image until it is let go."""
 

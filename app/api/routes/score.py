@@ -119,5 +119,8 @@ def _top_predictions(
 ) -> list[dict[str, Any]]:
     exponentials = np.exp(logits.astype(np.float64) - logits.max())
     probabilities = exponentials / exponentials.sum()
-    best = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
+    if top_k == 1:
+        best = [int(probabilities.argmax())]
+    else:
+        best = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
     return [{"label": labels[i], "index": i, "probability": float(probabilities[i])} for i in best]
