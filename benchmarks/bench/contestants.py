@@ -190,7 +190,7 @@ def peers() -> list[Contestant]:
     """Every peer as documented, then every peer with our decoder and detector.
 
     Processes and threads share the two cores: as many passes at once as there are cores, each on
-    one thread. That is what served most images a second here, for each of them.
+    one thread.
     """
     return [
         _peer("mosec", "documented", path="/inference", encoding="json"),
