@@ -250,7 +250,8 @@ def show(results: Sequence[Result]) -> None:
         saved = 1 - result.gate_time
         console.print(
             "full answer against the classifier alone: "
-            f"{result.full_against_classifier.format(3)}; the gate saves {saved:.1%} of the time and {1 - result.gate_flops:.1%} "
+            f"{result.full_against_classifier.format(3)}; the gate "
+            f"saves {saved:.1%} of the time and {1 - result.gate_flops:.1%} "
             "of the operations\n"
         )
 
