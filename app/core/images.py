@@ -48,6 +48,8 @@ DEFAULT_MAX_SCANS: Final = 100
 """A progressive JPEG as encoders write it has about ten."""
 SCANS_OF_LARGEST: Final = 12
 """Scans that a JPEG of the largest accepted size may have; a smaller one may have more."""
+MAX_SCALED_PIXELS: Final = 50_000_000
+"""Most pixels of an image whose shorter side has been scaled: a line becomes many times its own."""
 MAX_READS: Final = 100_000
 """Pieces that a file is read in: Pillow walks from segment to segment, some microseconds each."""
 REFERENCE_JPEG: Final = Path(__file__).with_name("reference.jpg")
@@ -109,6 +111,24 @@ def read_header(
         UndecodableImageError: the header is truncated or corrupt.
     """
     header = _plain_jpeg_header(data) or _header_by_pillow(data)
+    _check_size(data, header, max_pixels=max_pixels, max_scans=max_scans)
+    return header
+
+
+def read_plain_header(
+    data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, max_scans: int = DEFAULT_MAX_SCANS
+) -> ImageHeader | None:
+    """As :func:`read_header` for a small JPEG that costs no more than its pixels; else None.
+
+    Pillow's formats may hold a thousand times their bytes, compressed, beside few pixels.
+    """
+    header = _plain_jpeg_header(data)
+    if header is not None:
+        _check_size(data, header, max_pixels=max_pixels, max_scans=max_scans)
+    return header
+
+
+def _check_size(data: bytes, header: ImageHeader, *, max_pixels: int, max_scans: int) -> None:
     if header.pixels > max_pixels:
         raise ImageTooLargeError(
             f"image is {header.width}x{header.height} pixels ({header.pixels / 1e6:.1f} MP); "
@@ -116,7 +136,6 @@ def read_header(
         )
     if header.format == "JPEG":
         _check_scans(data, header, max_scans=max_scans, max_pixels=max_pixels)
-    return header
 
 
 def decode(
@@ -179,10 +198,33 @@ class Preprocessing(BaseModel):
             raise ValueError(f"std is {self.std}; every channel must be above 0")
         return self
 
+    def scaled_pixels(self, width: int, height: int) -> int:
+        """Pixels of an image of that size once its shorter side is ``resize``, before the crop.
+
+        Raises:
+            ImageTooLargeError: scaling, the image being long and thin, would make more of it than
+                ``MAX_SCALED_PIXELS``.
+        """
+        shorter, longer = sorted((width, height))
+        if shorter == self.resize:
+            return width * height
+        scaled = self.resize * (self.resize * longer // max(shorter, 1))
+        if scaled > MAX_SCALED_PIXELS:
+            raise ImageTooLargeError(
+                f"image is {width}x{height} pixels, with the shorter side scaled to {self.resize} "
+                f"{scaled / 1e6:.1f} MP; the limit is {MAX_SCALED_PIXELS / 1e6:.1f} MP"
+            )
+        return scaled
+
     def resize_and_crop(self, pixels: Pixels) -> Tensor:
-        """The network's field of view as ``[3, crop, crop]`` uint8, on the CPU."""
+        """The network's field of view as ``[3, crop, crop]`` uint8, on the CPU.
+
+        Raises:
+            ImageTooLargeError: see :meth:`scaled_pixels`.
+        """
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         if min(image.shape[1:]) != self.resize:
+            self.scaled_pixels(image.shape[2], image.shape[1])
             image = transforms.resize(
                 image,
                 [self.resize],

@@ -1,16 +1,22 @@
 """Decoding beside the event loop: bounded threads, and a lane of their own for large images.
 
-Tiny images are decoded in the loop: handing them over would cost several times as much.
+Tiny JPEGs are decoded in the loop: handing them over would cost several times as much.
 """
 
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Final, TypedDict
 
 from torch import Tensor
 
-from app.core.images import ImageHeader, Preprocessing, decode_accepted, read_header
+from app.core.images import (
+    ImageHeader,
+    Preprocessing,
+    decode_accepted,
+    read_header,
+    read_plain_header,
+)
 from app.errors import DeadlineExceededError
 from app.serving.budget import MemoryBudget
 from app.settings import DECODED_BYTES_PER_PIXEL, Settings
@@ -19,9 +25,18 @@ LARGE_PIXELS: Final = 4_000_000
 """An image with more waits for the lane of the large ones; one frame of 4K has 8.3 million."""
 TINY_BYTES: Final = 2**14
 TINY_PIXELS: Final = 64 * 64
-"""An image in so few bytes and with so few pixels is decoded in about a tenth of a millisecond."""
+"""A plain JPEG in so few bytes that has so few pixels, scaled too, is ready in about a tenth of a
+millisecond."""
 _USUAL_BYTES_PER_PIXEL: Final = 9
 """A progressive JPEG's coefficients, then RGB."""
+_RGB_BYTES: Final = 3
+_SCALED_BYTES_PER_PIXEL: Final = 6
+"""Of the scaled image, beside the decoded one: itself and a copy."""
+
+
+class _Limits(TypedDict):
+    max_pixels: int
+    max_scans: int
 
 
 class Decoders:
@@ -36,7 +51,7 @@ class Decoders:
     """
 
     def __init__(self, settings: Settings, budget: MemoryBudget) -> None:
-        self._settings = settings
+        self._limits = _Limits(max_pixels=settings.max_pixels, max_scans=settings.max_jpeg_scans)
         self._budget = budget
         threads = settings.decode_threads
         self._small = ThreadPoolExecutor(threads, thread_name_prefix="decode")
@@ -58,7 +73,7 @@ class Decoders:
             DeadlineExceededError: its turn came after the deadline.
         """
         _check_deadline(deadline)
-        if tiny := self._tiny(data):
+        if tiny := self._tiny(data, preprocessing):
             return self._finish(data, tiny, preprocessing, deadline)
         loop = asyncio.get_running_loop()
         step = await loop.run_in_executor(self._small, self._begin, data, preprocessing, deadline)
@@ -78,30 +93,26 @@ class Decoders:
     ) -> Tensor | ImageHeader:
         """A small image decoded, or the header of a large one."""
         _check_deadline(deadline)
-        header = self._header(data)
+        header = read_header(data, **self._limits)
         if header.pixels > LARGE_PIXELS:
             return header
         return self._finish(data, header, preprocessing, deadline)
 
-    def _tiny(self, data: bytes) -> ImageHeader | None:
+    def _tiny(self, data: bytes, preprocessing: Preprocessing) -> ImageHeader | None:
         """The header of a tiny image."""
         if len(data) > TINY_BYTES:
             return None
-        header = self._header(data)
-        return header if header.pixels <= TINY_PIXELS else None
-
-    def _header(self, data: bytes) -> ImageHeader:
-        return read_header(
-            data,
-            max_pixels=self._settings.max_pixels,
-            max_scans=self._settings.max_jpeg_scans,
-        )
+        header = read_plain_header(data, **self._limits)
+        if header is None or header.pixels > TINY_PIXELS:
+            return None
+        scaled = preprocessing.scaled_pixels(header.width, header.height)
+        return header if scaled <= TINY_PIXELS else None
 
     def _finish(
         self, data: bytes, header: ImageHeader, preprocessing: Preprocessing, deadline: float
     ) -> Tensor:
         _check_deadline(deadline)
-        with self._budget.held(decoded_bytes(header)):
+        with self._budget.held(_working_bytes(header, preprocessing)):
             return preprocessing.resize_and_crop(decode_accepted(data, header))
 
 
@@ -109,6 +120,13 @@ def decoded_bytes(header: ImageHeader) -> int:
     """What decoding may hold at its peak, as measured."""
     is_usual = header.format != "WEBP" and header.mode != "CMYK"
     return (_USUAL_BYTES_PER_PIXEL if is_usual else DECODED_BYTES_PER_PIXEL) * header.pixels
+
+
+def _working_bytes(header: ImageHeader, preprocessing: Preprocessing) -> int:
+    """What decoding and then scaling may hold at their peak."""
+    scaled = preprocessing.scaled_pixels(header.width, header.height)
+    scaling = _RGB_BYTES * header.pixels + _SCALED_BYTES_PER_PIXEL * scaled
+    return max(decoded_bytes(header), scaling)
 
 
 def _check_deadline(deadline: float) -> None:

@@ -288,6 +288,15 @@ def test_pixel_limit() -> None:
         load(SAMPLES["JPEG"], PLAIN, max_pixels=959)
 
 
+def test_a_line_is_not_scaled() -> None:
+    """An image so thin that scaling its shorter side makes 50 MP of it is refused, 422 in HTTP."""
+    longest = 50_000_000 // 32 // 32
+    assert PLAIN.scaled_pixels(1, longest) <= 50_000_000
+    assert PLAIN.scaled_pixels(32, 10_000_000) == 320_000_000  # needs no scaling
+    with pytest.raises(ImageTooLargeError, match=f"{longest + 1}x1 pixels, with the shorter side"):
+        load(encode(picture(height=1, width=longest + 1), "PNG"), PLAIN)
+
+
 @pytest.mark.parametrize(
     ("data", "begins"),
     [

@@ -12,11 +12,16 @@ import simplejpeg
 
 from app.core.images import Preprocessing, load
 from app.core.networks import CIFAR_PREPROCESSING
-from app.errors import DeadlineExceededError, MemoryBudgetError, UndecodableImageError
+from app.errors import (
+    DeadlineExceededError,
+    ImageTooLargeError,
+    MemoryBudgetError,
+    UndecodableImageError,
+)
 from app.serving.budget import MemoryBudget
 from app.serving.decoding import LARGE_PIXELS, Decoders
 from app.settings import Settings
-from tests.pictures import jpeg
+from tests.pictures import encoded, jpeg
 
 NEVER = float("inf")
 LARGE = simplejpeg.encode_jpeg(np.zeros((2001, 2000, 3), dtype=np.uint8))
@@ -56,6 +61,40 @@ def test_tiny_images_need_no_thread() -> None:
         assert image.equal(load(jpeg(1), CIFAR_PREPROCESSING))
         with pytest.raises(RuntimeError, match="shutdown"):
             await pool.decode(jpeg(1, height=65, width=64), CIFAR_PREPROCESSING, deadline=NEVER)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "data", [encoded(1, "PNG"), jpeg(1, height=1, width=64), jpeg(1, height=64, width=1)]
+)
+def test_tiny_files_that_may_cost_much(data: bytes) -> None:
+    """A PNG may hold megabytes of compressed text, a line is scaled to many: not in the loop."""
+
+    async def scenario() -> None:
+        pool = decoders()
+        image = await pool.decode(data, CIFAR_PREPROCESSING, deadline=NEVER)
+        assert image.equal(load(data, CIFAR_PREPROCESSING))
+        pool.shutdown()
+        with pytest.raises(RuntimeError, match="shutdown"):
+            await pool.decode(data, CIFAR_PREPROCESSING, deadline=NEVER)
+
+    run(scenario())
+
+
+def test_scaling_counts_against_the_budget() -> None:
+    """What a long thin image is scaled to needs room too; one that is too long is no image."""
+
+    async def scenario() -> None:
+        budget = MemoryBudget(2**20)
+        pool = Decoders(Settings(), budget)
+        await pool.decode(jpeg(1, height=1, width=100), CIFAR_PREPROCESSING, deadline=NEVER)
+        with pytest.raises(MemoryBudgetError):
+            await pool.decode(jpeg(1, height=1, width=200), CIFAR_PREPROCESSING, deadline=NEVER)
+        with pytest.raises(ImageTooLargeError):
+            await pool.decode(jpeg(1, height=1, width=50_000), CIFAR_PREPROCESSING, deadline=NEVER)
+        assert budget.used == 0
+        pool.shutdown()
 
     run(scenario())
 
