@@ -1,12 +1,13 @@
 """Where bundles lie, as files by name: a folder, or what keeps the same promises elsewhere."""
 
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
 from app.errors import BundleError
@@ -154,13 +155,18 @@ class FolderStorage:
 
     @contextmanager
     def staged(self, name: str, files: Mapping[str, bytes]) -> Iterator[Path]:
-        """A synced folder with the files, which no reader sees; gone at the exit unless renamed."""
+        """A synced folder with the files, which no reader sees; gone at the exit unless renamed.
+
+        Raises:
+            OSError: a file's name leads out of the folder, or the disk is full or refuses.
+        """
         parent = self.root / name
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix=".partial-") as partial:
             staged = Path(partial, "bundle")
             staged.mkdir()
             for file, content in files.items():
+                _check_inside(file)
                 (staged / file).parent.mkdir(exist_ok=True)
                 _write_synced(staged / file, content)
             _sync_folder(staged)
@@ -200,6 +206,13 @@ def verified(content: bytes, *, sha256: str, where: str) -> bytes:
     if actual != sha256:
         raise BundleError(f"{where} has sha256 {actual}, but its bundle.json says {sha256}")
     return content
+
+
+def _check_inside(file: str) -> None:
+    # The names in a bucket are whatever its writers chose; to a file system ".." is a way out.
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts:
+        raise OSError(errno.EINVAL, "no name of a file in a bundle", file)
 
 
 def _write_synced(path: Path, content: bytes) -> None:

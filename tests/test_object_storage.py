@@ -446,6 +446,22 @@ def test_other_urls(folder: Store, tmp_path: Path) -> None:
     assert "pass" not in str(store.root)
 
 
+def test_no_name_in_a_store_leads_out_of_the_cache(folder: Store, tmp_path: Path) -> None:
+    """An object called ``..`` is written nowhere: the bundle is served without its copy."""
+    store = Store("memory://ways/out", cache=tmp_path / "cache")
+    folder.push("tiny", 1, store)
+    files = fsspec.filesystem("memory")
+    files.store["/ways/out/tiny/1/onnx/../../../../../evil"] = files.store[
+        f"/ways/out/tiny/1/{BUNDLE_FILE}"
+    ]
+
+    assert store.load("tiny").bundle.version == 1
+    with pytest.raises(BundleError, match="no name of a file in a bundle"):
+        store.push("tiny", 1, Store(tmp_path / "pushed"))
+
+    assert not list(tmp_path.rglob("evil"))
+
+
 def test_another_bundle_in_the_place_of_a_copy(bucket: Bucket, store: Store, folder: Store) -> None:
     """A version deleted and uploaded anew is not mistaken for its copy."""
     store.load("tiny")
