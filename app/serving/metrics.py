@@ -1,5 +1,6 @@
 """The Prometheus families of DESIGN section 4, in a registry of their own."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,8 +60,9 @@ class ScoreMetrics:
     def observe(self, *, score: float, threshold: float, p_value: float, verdict: Verdict) -> None:
         """Count one scored image."""
         self._images[verdict].inc()
-        # A threshold of zero or below has no meaningful ratio; the p-value tells the same.
-        if threshold > 0:
+        # A threshold of zero or below has no meaningful ratio; the p-value tells the same. A score
+        # that is no number, as a shadow may give, would make one of the sum for good.
+        if threshold > 0 and math.isfinite(score):
             self._score_ratio.observe(score / threshold)
         self._p_value.observe(p_value)
 

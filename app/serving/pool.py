@@ -239,7 +239,7 @@ class ModelPool:
 
     def index(self) -> list[VersionState]:
         """Every version in the store or in memory, by name and version. Reads the store."""
-        stored = {name: set(self._store.versions(name)) for name in self._store.names()}
+        stored = {name: set(versions) for name, versions in self._store.index().items()}
         for name, model in self._models.items():
             stored.setdefault(name, set()).update(model.loaded())
         return [

@@ -195,7 +195,10 @@ class ReviewFolder:
         Raises:
             ReviewNotFoundError: there is none.
         """
-        return (self._folder / self.get(image_id).file).read_bytes()
+        try:
+            return (self._folder / self.get(image_id).file).read_bytes()
+        except FileNotFoundError:
+            raise ReviewNotFoundError(f"the file of image {image_id} is gone") from None
 
     def add(self, image: ReviewImage, data: bytes) -> ReviewImage:
         """Keep an image, and let go what it takes the place of.
@@ -256,7 +259,8 @@ class ReviewFolder:
     def expire(self) -> None:
         """Let all go that are older than the retention."""
         oldest = self._now() - timedelta(seconds=self.limits.retention_s)
-        for image in self.images():
+        kept = [kept.image for ring in self._rings.values() for kept in ring.kept.values()]
+        for image in kept:
             if image.time <= oldest:
                 self.remove(image.id)
 

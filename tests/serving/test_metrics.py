@@ -43,6 +43,21 @@ def test_observed_image() -> None:
     assert read("normgate_p_value_bucket", labels | {"le": "0.01"}) == 0
 
 
+def test_a_score_that_is_no_number_spoils_no_sum() -> None:
+    """It counts as an image with its p-value, and has no ratio."""
+    metrics = Metrics()
+    shadow = ShadowMetrics(metrics, model="m", version=4)
+
+    for score in (1.0, float("nan"), float("inf")):
+        shadow.observe(score=score, threshold=2.0, p_value=0.25, verdict="ood")
+
+    labels = {"model": "m", "version": "4"}
+    read = metrics.registry.get_sample_value
+    assert read("normgate_shadow_images_total", labels | {"verdict": "ood"}) == 3
+    assert read("normgate_shadow_score_ratio_sum", labels) == 0.5
+    assert read("normgate_shadow_p_value_sum", labels) == 0.75
+
+
 def test_a_shadow_has_families_of_its_own() -> None:
     """What a shadow sees counts in no family of the versions that answer."""
     metrics = Metrics()

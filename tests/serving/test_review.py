@@ -211,6 +211,20 @@ def test_unknown_images(tmp_path: Path) -> None:
             ask("0" * 32)
 
 
+def test_a_file_that_somebody_removed(tmp_path: Path) -> None:
+    """An image whose file is gone is not found; its record can still be removed."""
+    clock = Clock()
+    review = opened(tmp_path, clock=clock)
+    image = review.add(record(1, clock), b"abc")
+    (tmp_path / image.file).unlink()
+
+    with pytest.raises(ReviewNotFoundError, match="is gone"):
+        review.read(image.id)
+
+    review.remove(image.id)
+    assert ids(review) == []
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
