@@ -39,7 +39,7 @@ from tests.test_server import serving
 ROOT: Final = Path(__file__).resolve().parents[1]
 EXAMPLES: Final = ROOT / "docs" / "examples"
 URL: Final = "http://service/prefix/"
-DEADLINE_S: Final = 20
+DEADLINE_S: Final = 60
 
 Handler = Callable[[httpx.Request], httpx.Response]
 Ask = Callable[..., Any]

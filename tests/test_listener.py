@@ -9,7 +9,7 @@ import uvloop
 
 from app.listener import Listener
 
-DEADLINE_S = 30
+DEADLINE_S = 60
 CONNECTIONS = 300
 
 

@@ -65,7 +65,7 @@ def serving(flags: Sequence[str] = ()) -> Iterator[Server]:
 def wait_until_ready(server: Server) -> None:
     """Ask until the models are loaded."""
     until = time.monotonic() + START_S
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=START_S) as client:
         while time.monotonic() < until:
             if client.get("/readyz").status_code == 200:
                 return
@@ -102,7 +102,7 @@ def test_sigterm_answers_what_was_accepted() -> None:
     with (
         serving(["--queue-size", "1000"]) as server,
         httpx.Client(base_url=server.url, timeout=START_S) as client,
-        httpx.Client(base_url=server.url) as prober,
+        httpx.Client(base_url=server.url, timeout=START_S) as prober,
         ThreadPoolExecutor(1) as pool,
     ):
         waiting = pool.submit(client.post, "/v1/score", files=parts)

@@ -81,7 +81,7 @@ def client(server: Server) -> Iterator[InferenceServerClient]:
 def expected(server: Server) -> list[dict[str, Any]]:
     """What ``/v1/score`` says about ``IMAGES``."""
     parts = [("file", (f"{index}", image)) for index, image in enumerate(IMAGES)]
-    response = httpx.post(f"{server.url}/v1/score?top_k=3", files=parts)
+    response = httpx.post(f"{server.url}/v1/score?top_k=3", files=parts, timeout=60)
     results: list[dict[str, Any]] = response.json()["results"]
     return results
 

@@ -27,6 +27,7 @@ from tests.api.test_gate import ID_IMAGE, OOD_IMAGE
 from tests.api.test_v2 import INFER, binary_request_for
 from tests.pictures import encoded, jpeg
 from tests.serving.test_review import Clock, record
+from tests.test_proxy_server import program
 from tests.test_server import START_S, serving
 from tests.versions import add_version, move_threshold
 
@@ -41,7 +42,6 @@ ROUTES: Final = [
     ("DELETE", f"/v1/review/{0:032x}"),
 ]
 CLIENTS: Final = 8
-CHROMIUM: Final = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @contextmanager
@@ -368,7 +368,7 @@ def test_load_and_restart(tmp_path: Path) -> None:
 
         with ThreadPoolExecutor(CLIENTS) as pool:
             assert set().union(*pool.map(ask, range(CLIENTS))) == {200}
-        with httpx.Client(base_url=server.url, headers=ADMIN) as client:
+        with httpx.Client(base_url=server.url, timeout=START_S, headers=ADMIN) as client:
             before = kept(client)
             assert len(before) == value(client, "normgate_review_queue_images")
             size = value(client, "normgate_review_queue_bytes")
@@ -397,21 +397,22 @@ def test_an_unusable_folder_stops_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_labelling_by_keyboard(tmp_path: Path) -> None:
     """In Chromium: a wrong token is told, keys label and undo, and the page breaks no policy."""
     playwright = pytest.importorskip("playwright.sync_api")
     flags = ["--review-folder", str(tmp_path / "review"), "--admin-token", TOKEN]
     with (
         serving(flags) as server,
-        httpx.Client(base_url=server.url, headers=ADMIN) as client,
+        httpx.Client(base_url=server.url, timeout=START_S, headers=ADMIN) as client,
         playwright.sync_playwright() as driver,
     ):
         for seed in range(6):
             client.post("/v1/score", content=jpeg(seed))
         images = kept(client)
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
         page = browser.new_page()
+        page.set_default_timeout(1000 * START_S)
+        playwright.expect.set_options(timeout=1000 * START_S)
         complaints: list[str] = []
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text))

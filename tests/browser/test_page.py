@@ -11,7 +11,7 @@ from playwright.sync_api import FilePayload, Locator, Page, Route, expect
 
 from tests.browser.conftest import Open
 from tests.pictures import jpeg
-from tests.test_server import ROOT, Server, serving
+from tests.test_server import ROOT, START_S, Server, serving
 
 pytestmark = pytest.mark.browser
 
@@ -86,7 +86,9 @@ def contrast(one: str, other: str) -> float:
 def test_an_upload_gets_the_verdict_of_the_api(open_page: Open, server: Server, name: str) -> None:
     """A picked file becomes a card with the API's verdict, score, p-value and predictions."""
     file = EXAMPLES / f"{name}.jpg"
-    answer = httpx.post(f"{server.url}/v1/score?top_k=3", content=file.read_bytes()).json()
+    answer = httpx.post(
+        f"{server.url}/v1/score?top_k=3", content=file.read_bytes(), timeout=START_S
+    ).json()
     [result] = answer["results"]
     page = open_page(server.url).page
 
@@ -109,7 +111,7 @@ def test_an_upload_gets_the_verdict_of_the_api(open_page: Open, server: Server, 
 def test_the_mark_stands_where_the_score_is(open_page: Open, server: Server) -> None:
     """On the histogram's scale, threshold and score are drawn at their values."""
     page = open_page(server.url).page
-    drift = httpx.get(f"{server.url}/v1/models/cifar10-resnet18/drift").json()
+    drift = httpx.get(f"{server.url}/v1/models/cifar10-resnet18/drift", timeout=START_S).json()
     low, high = drift["histogram"]["edges"][0], drift["histogram"]["edges"][-1]
 
     page.get_by_role("button", name="ship").click()
@@ -154,7 +156,7 @@ def test_an_undecodable_file(open_page: Open, server: Server) -> None:
     broken = (EXAMPLES / "ship.jpg").read_bytes()[:400]
     name = "<img src=x onerror=alert(1)>.jpg"
     expected = [
-        httpx.post(f"{server.url}/v1/score", content=content).json()["detail"]
+        httpx.post(f"{server.url}/v1/score", content=content, timeout=START_S).json()["detail"]
         for content in (b"hello", broken)
     ]
     watched = open_page(server.url)
@@ -182,11 +184,11 @@ def test_live_numbers_follow_the_traffic(open_page: Open, server: Server) -> Non
     expect(page.locator("#throughput-text")).to_contain_text("since the server began")
     before = page.locator("#throughput-text").inner_text()
     parts = [("file", (f"{seed}.jpg", jpeg(seed))) for seed in range(50)]
-    assert httpx.post(f"{server.url}/v1/score", files=parts, timeout=60).status_code == 200
+    assert httpx.post(f"{server.url}/v1/score", files=parts, timeout=START_S).status_code == 200
 
     expect(page.locator("#throughput-text")).not_to_have_text(before)
 
-    drift = httpx.get(f"{server.url}/v1/models/cifar10-resnet18/drift").json()
+    drift = httpx.get(f"{server.url}/v1/models/cifar10-resnet18/drift", timeout=START_S).json()
     window = drift["windows"][0]
     expect(page.locator("#rate")).to_have_text(f"{100 * window['rate']:.1f}%")
     expect(page.locator("#rate-text")).to_contain_text(f"of {window['images']} images")
@@ -309,6 +311,19 @@ def test_a_busy_server_is_asked_again(open_page: Open, server: Server) -> None:
     expect(card(watched.page, "ship.jpg").locator(".verdict")).to_have_text("In-distribution")
     assert len(refused) == 2
     watched.forgive("429 (Too Many Requests)")
+
+
+def test_an_answer_that_cannot_be_read(open_page: Open, server: Server) -> None:
+    """A page of a proxy's in place of an answer is told as any silence, and asked again after."""
+    watched = open_page("about:blank")
+    page = watched.page
+    page.route("**/v1/models", lambda route: route.fulfill(body="<html>Log in</html>"))
+    page.goto(server.url)
+    expect(page.locator("#state")).to_have_text("Away")
+
+    page.unroute("**/v1/models")
+
+    expect(page.locator("#state")).to_have_text("Ready")
 
 
 def test_nobody_looks(open_page: Open, server: Server) -> None:

@@ -35,7 +35,7 @@ export class Api extends EventTarget {
 
   /** The loaded models. */
   async models() {
-    return (await this.#ask("v1/models", { timeoutMs: POLL_TIMEOUT_MS })).json();
+    return this.#ask("v1/models", json, { timeoutMs: POLL_TIMEOUT_MS });
   }
 
   /** The drift of a version (null: the active one); null where the server measures none. */
@@ -43,7 +43,7 @@ export class Api extends EventTarget {
     const query = version === null ? "" : `?version=${version}`;
     try {
       const path = `v1/models/${encodeURIComponent(model)}/drift${query}`;
-      return await (await this.#ask(path, { timeoutMs: POLL_TIMEOUT_MS })).json();
+      return await this.#ask(path, json, { timeoutMs: POLL_TIMEOUT_MS });
     } catch (error) {
       if (error.status === 404) return null;
       throw error;
@@ -52,7 +52,7 @@ export class Api extends EventTarget {
 
   /** The metrics in Prometheus' text format. */
   async metrics() {
-    return (await this.#ask("metrics", { timeoutMs: POLL_TIMEOUT_MS })).text();
+    return this.#ask("metrics", (response) => response.text(), { timeoutMs: POLL_TIMEOUT_MS });
   }
 
   /** The answer about one image, a Blob. */
@@ -63,10 +63,10 @@ export class Api extends EventTarget {
     // The server tells formats by content; it only wants to hear that this is no form.
     const type = blob.type.startsWith("image/") ? blob.type : "application/octet-stream";
     const options = { method: "POST", body: blob, headers: { "Content-Type": type } };
-    return (await this.#ask(`v1/score?${query}`, options)).json();
+    return this.#ask(`v1/score?${query}`, json, options);
   }
 
-  async #ask(path, { timeoutMs = TIMEOUT_MS, headers = {}, ...options } = {}) {
+  async #ask(path, read, { timeoutMs = TIMEOUT_MS, headers = {}, ...options } = {}) {
     const sent = this.#key === null ? headers : { ...headers, "X-API-Key": this.#key };
     let response;
     try {
@@ -76,13 +76,18 @@ export class Api extends EventTarget {
         cache: "no-store",
         signal: AbortSignal.timeout(timeoutMs),
       });
+      // Here too the connection may break, or the body be a proxy's own page.
+      if (response.ok) return await read(response);
     } catch {
       throw new AwayError();
     }
-    if (response.ok) return response;
     if (response.status === 401) this.dispatchEvent(new Event("unauthorized"));
     throw await problemOf(response);
   }
+}
+
+function json(response) {
+  return response.json();
 }
 
 async function problemOf(response) {
