@@ -10,7 +10,7 @@ ARG PYTHON=3.11.14-slim-bookworm
 
 FROM python:${PYTHON} AS dependencies
 ARG TORCH_INDEX=""
-ARG EXTRAS="otel"
+ARG EXTRAS="otel,onnx"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /build
 RUN python -m venv /opt/venv

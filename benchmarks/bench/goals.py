@@ -24,25 +24,25 @@ def case_goals(result: dict[str, Any]) -> list[Goal]:
 
 
 def _goals(result: dict[str, Any], turns: Sequence[Turn]) -> Iterator[Goal | None]:
-    name, title = result["case"], result["case"]
+    name = result["case"]
     is_photographs = result["is_photographs"]
     full, alone = str(FULL), str(ALONE)
     yield _goal(
-        f"{title}: throughput over HTTP / the limit, {full}",
+        f"{name}: throughput over HTTP / the limit, {full}",
         ratios(turns, lambda turn: _ours(turn, full), lambda turn: turn.get("limit")),
         at_least=_OF_LIMIT[is_photographs],
     )
     if name in _OF_PEER:
         yield _goal(
-            f"{title}: throughput / best peer as documented, {full}",
+            f"{name}: throughput / best peer as documented, {full}",
             _against(turns, load=full, kind="documented"),
             at_least=_OF_PEER[name],
         )
-    yield _lowest(title, turns, kind="documented", at_least=_NEVER_BELOW)
-    yield _lowest(title, turns, kind="ours", at_least=_OURS_NEVER_BELOW)
+    yield _lowest(name, turns, kind="documented", at_least=_NEVER_BELOW)
+    yield _lowest(name, turns, kind="ours", at_least=_OURS_NEVER_BELOW)
     if is_photographs:
         yield _goal(
-            f"{title}: p50 at {alone} / one offline image",
+            f"{name}: p50 at {alone} / one offline image",
             ratios(
                 turns,
                 lambda turn: figure(turn, load=alone, contestant=NORMGATE, field="p50_ms"),
@@ -51,7 +51,7 @@ def _goals(result: dict[str, Any], turns: Sequence[Turn]) -> Iterator[Goal | Non
             at_most=_ALONE,
         )
     yield _goal(
-        f"{title}: p99 / p50 at 70 % of capacity, open loop",
+        f"{name}: p99 / p50 at 70 % of capacity, open loop",
         spread(
             turn["open_loop"]["p99_ms"] / turn["open_loop"]["p50_ms"]
             for turn in turns
@@ -60,7 +60,7 @@ def _goals(result: dict[str, Any], turns: Sequence[Turn]) -> Iterator[Goal | Non
         at_most=_TAIL,
     )
     yield _goal(
-        f"{title}: full answer / same server, classifier only, {full}",
+        f"{name}: full answer / same server, classifier only, {full}",
         ratios(
             turns,
             lambda turn: _ours(turn, full),
@@ -82,7 +82,7 @@ def _against(turns: Sequence[Turn], *, load: str, kind: str) -> Spread | None:
     )
 
 
-def _lowest(title: str, turns: Sequence[Turn], *, kind: str, at_least: float) -> Goal | None:
+def _lowest(name: str, turns: Sequence[Turn], *, kind: str, at_least: float) -> Goal | None:
     """The load under which the best peer of a kind comes closest."""
     found = {load: _against(turns, load=load, kind=kind) for load in loads(turns, kind=kind)}
     measured = {load: value for load, value in found.items() if value is not None}
@@ -91,7 +91,7 @@ def _lowest(title: str, turns: Sequence[Turn], *, kind: str, at_least: float) ->
     load = min(measured, key=lambda load: measured[load].median)
     how = "as documented" if kind == "documented" else "with our decoder and detector"
     return _goal(
-        f"{title}: throughput / best peer {how}, lowest of all loads: {load}",
+        f"{name}: throughput / best peer {how}, lowest of all loads: {load}",
         measured[load],
         at_least=at_least,
     )
