@@ -85,7 +85,8 @@ class ObjectStorage:
     def taken(self, name: str) -> list[int]:
         """The numbers below which there is anything, ascending."""
         rows = self._rows(f"{self.title}/{name}", name)
-        return sorted({int(row.partition("/")[0]) for row in rows if row[0].isdecimal()})
+        folders = {row.partition("/")[0] for row in rows}
+        return sorted({int(folder) for folder in folders if folder.isdecimal()})
 
     def signature(self, name: str, version: int) -> Hashable:
         """Names, sizes and entity tags of the version's files."""

@@ -446,14 +446,25 @@ def test_other_urls(folder: Store, tmp_path: Path) -> None:
     assert "pass" not in str(store.root)
 
 
+def test_a_folder_that_begins_with_a_number_is_no_version(folder: Store, tmp_path: Path) -> None:
+    """The next version counts whole numbers alone."""
+    store = Store("memory://numbers", cache=tmp_path / "cache")
+    folder.push("tiny", 1, store)
+    fsspec.filesystem("memory").pipe_file("/numbers/tiny/7-old/notes.txt", b"")
+
+    assert store.versions("tiny") == [1]
+    assert store.next_version("tiny") == 2
+
+
 def test_no_name_in_a_store_leads_out_of_the_cache(folder: Store, tmp_path: Path) -> None:
     """An object called ``..`` is written nowhere: the bundle is served without its copy."""
     store = Store("memory://ways/out", cache=tmp_path / "cache")
     folder.push("tiny", 1, store)
     files = fsspec.filesystem("memory")
-    files.store["/ways/out/tiny/1/onnx/../../../../../evil"] = files.store[
-        f"/ways/out/tiny/1/{BUNDLE_FILE}"
-    ]
+    # Of its copy, four folders up is the cache's own.
+    for file in ("!", "../../../../evil"):
+        content = files.store[f"/ways/out/tiny/1/{BUNDLE_FILE}"]
+        files.store[f"/ways/out/tiny/1/onnx/{file}"] = content
 
     assert store.load("tiny").bundle.version == 1
     with pytest.raises(BundleError, match="no name of a file in a bundle"):
