@@ -112,7 +112,7 @@ class Settings(BaseSettings):
         "closed", description="images that get no verdict: closed refuses them, open lets them pass"
     )
     drift_false_alarm_bound: float = Field(
-        0.01, gt=0, lt=1, description="chance that the drift alarm is ever raised without drift"
+        0.01, ge=1e-12, lt=1, description="chance that the drift alarm is ever raised without drift"
     )
     api_keys: tuple[SecretStr, ...] = Field(
         (), description='keys one of which /v1 and /v2 then ask for, as JSON: ["..."]'
