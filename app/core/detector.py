@@ -243,16 +243,17 @@ class Detector:
 
 @torch.inference_mode()
 def check_agreement(detector: Detector, reference: Detector, images: Tensor) -> None:
-    """Return when two detectors score some images alike.
+    """Return when two detectors score some images alike, together, and the first by itself.
 
     A score may differ by ``ENGINE_TOLERANCE`` of itself or of the threshold, whichever is larger
     (scores that are logarithms pass through zero), a logit by ``LOGIT_TOLERANCE`` of its image's
-    largest; the verdict of an image whose score is further from its threshold is the same.
+    largest, a FeatureNorm by ``ENGINE_TOLERANCE`` of the largest; the verdict of an image whose
+    score is further from its threshold is the same.
 
     Args:
         detector: on the engine in question.
         reference: on the engine that the threshold was set with.
-        images: ``[B, 3, crop, crop]`` uint8; the first is scored alone too.
+        images: ``[B, 3, crop, crop]`` uint8.
 
     Raises:
         EngineError: they differ; the message says by how much.
@@ -262,8 +263,13 @@ def check_agreement(detector: Detector, reference: Detector, images: Tensor) -> 
     _check_scores("in a batch", together.scores, truth.scores, truth.thresholds)
     _check_scores("alone", alone.scores, truth.scores[first], truth.thresholds[first])
     _check_scores("at the block", detector.judge(images).scores, truth.scores, truth.thresholds)
+    gated = detector.judge(images[:1])
+    _check_scores("alone at the block", gated.scores, truth.scores[first], truth.thresholds[first])
     _check_logits(together.logits, truth.logits)
     _check_logits(alone.logits, truth.logits[first])
+    # Whatever the score is, the answers tell the norm too.
+    _check_norms(together.feature_norms, truth.feature_norms)
+    _check_norms(alone.feature_norms, truth.feature_norms[first])
 
 
 def _check_scores(
@@ -292,6 +298,17 @@ def _check_logits(found: NDArray[np.float32], expected: NDArray[np.float32]) -> 
         raise EngineError(
             f"a logit differs from torch's by {difference:.2g} of the largest; the limit is "
             f"{LOGIT_TOLERANCE:g}"
+        )
+
+
+def _check_norms(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+    _check_shapes(found, expected)
+    scale = max(float(expected.max()), float(np.finfo(np.float32).tiny))
+    difference = float(np.abs(found - expected).max()) / scale
+    if not difference <= ENGINE_TOLERANCE:
+        raise EngineError(
+            f"a FeatureNorm differs from torch's by {difference:.2g} of the largest; the limit is "
+            f"{ENGINE_TOLERANCE:g}"
         )
 
 

@@ -309,10 +309,13 @@ class Off:
 
     def run_to_block(self, images: Tensor) -> Tensor:
         """The norms."""
-        return self._inner.run_to_block(images) * self._factors.get("gate", 1)
+        factor = self._factors.get("gate", 1)
+        if len(images) == 1:
+            factor *= self._factors.get("gate_alone", 1)
+        return self._inner.run_to_block(images) * factor
 
 
-@pytest.mark.parametrize("output", ["norms", "logits", "gate"])
+@pytest.mark.parametrize("output", ["norms", "logits", "gate", "gate_alone"])
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_an_engine_that_disagrees(
     network: nn.Module, block: Block, output: str, factor: float
@@ -324,6 +327,16 @@ def test_an_engine_that_disagrees(
     check_agreement(detector.on_engine(Off(inner)), detector, noise(2))
     with pytest.raises(EngineError, match="differs from torch's by"):
         check_agreement(detector.on_engine(Off(inner, **{output: factor})), detector, noise(2))
+
+
+def test_an_engine_whose_norm_is_off_behind_another_score(network: nn.Module, block: Block) -> None:
+    """The norm is told in every answer, also where the verdict does not depend on it."""
+    detector = detector_of(network, block, CIFAR_PREPROCESSING, "msp")
+    inner = TorchEngine(network, block=block, preprocessing=CIFAR_PREPROCESSING)
+
+    check_agreement(detector.on_engine(Off(inner)), detector, noise(2))
+    with pytest.raises(EngineError, match="a FeatureNorm differs"):
+        check_agreement(detector.on_engine(Off(inner, norms=1.01)), detector, noise(2))
 
 
 def test_another_engine_lets_the_network_go(network: nn.Module, graphs: Graphs) -> None:
