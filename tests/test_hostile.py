@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.pictures import huge_png_header, jpeg, pixels
+from tests.pictures import encoded, huge_png_header, jpeg, pixels
 from tests.test_server import Server, serving
 
 WITHIN_S: Final = 60
@@ -180,6 +180,7 @@ def test_images_cut_off(target: Target, name: str) -> None:
         pytest.param(b"\x00" * 1000, 415, "not an image", id="zeros"),
         pytest.param(huge_png_header(30_000), 422, "30000x30000 pixels", id="900 megapixels"),
         pytest.param(gif_with_a_large_frame(), 422, "65535x65535 pixels", id="frame"),
+        pytest.param(encoded(1, "PNG", height=1, width=10**6), 422, "scaled to 32", id="line"),
         pytest.param(many_scans(500), 422, "scans; the limit is 100", id="scans"),
         pytest.param(many_comments(1_900_000), 422, "more than 100000 pieces", id="comments"),
     ],
