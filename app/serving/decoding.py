@@ -22,7 +22,8 @@ from app.serving.budget import MemoryBudget
 from app.settings import DECODED_BYTES_PER_PIXEL, Settings
 
 LARGE_PIXELS: Final = 4_000_000
-"""An image with more waits for the lane of the large ones; one frame of 4K has 8.3 million."""
+"""An image with more, or scaled to more, waits for the lane of the large ones; one frame of 4K has
+8.3 million."""
 TINY_BYTES: Final = 2**14
 TINY_PIXELS: Final = 64 * 64
 """A plain JPEG in so few bytes that has so few pixels, scaled too, is ready in about a tenth of a
@@ -94,7 +95,8 @@ class Decoders:
         """A small image decoded, or the header of a large one."""
         _check_deadline(deadline)
         header = read_header(data, **self._limits)
-        if header.pixels > LARGE_PIXELS:
+        scaled = preprocessing.scaled_pixels(header.width, header.height)
+        if max(header.pixels, scaled) > LARGE_PIXELS:
             return header
         return self._finish(data, header, preprocessing, deadline)
 

@@ -19,11 +19,12 @@ from app.errors import (
     UndecodableImageError,
 )
 from app.serving.budget import MemoryBudget
-from app.serving.decoding import LARGE_PIXELS, Decoders
+from app.serving.decoding import Decoders
 from app.settings import Settings
 from tests.pictures import encoded, jpeg
 
 NEVER = float("inf")
+LINE = jpeg(1, height=1, width=5000)
 LARGE = simplejpeg.encode_jpeg(np.zeros((2001, 2000, 3), dtype=np.uint8))
 DEADLINE_S = 30
 
@@ -104,7 +105,7 @@ class Held(Preprocessing):
 
     def resize_and_crop(self, pixels: Any) -> Any:
         """As usual, once large images may pass."""
-        if pixels.shape[0] * pixels.shape[1] > LARGE_PIXELS:
+        if pixels.shape[1] >= 2000:
             assert _may_pass.wait(DEADLINE_S)
         return super().resize_and_crop(pixels)
 
@@ -112,13 +113,15 @@ class Held(Preprocessing):
 _may_pass = threading.Event()
 
 
-def test_large_images_do_not_starve_small_ones() -> None:
-    """However many large images are stuck in their lane, a small one is decoded."""
+@pytest.mark.parametrize("large", [LARGE, LINE], ids=["large", "line"])
+def test_large_images_do_not_starve_small_ones(large: bytes) -> None:
+    """However many images, large or large when scaled, are stuck, a small one is decoded."""
+    _may_pass.clear()
     held = Held(**CIFAR_PREPROCESSING.model_dump())
 
     async def scenario() -> None:
         pool = decoders(decode_threads=1)
-        stuck = [asyncio.ensure_future(pool.decode(LARGE, held, deadline=NEVER)) for _ in range(10)]
+        stuck = [asyncio.ensure_future(pool.decode(large, held, deadline=NEVER)) for _ in range(10)]
         for seed in range(5):
             await pool.decode(jpeg(seed), held, deadline=NEVER)
         assert not any(task.done() for task in stuck)
