@@ -39,7 +39,7 @@ def test_families_say_what_they_are(client: TestClient) -> None:
     """Every family of ours has a help text that is a sentence, and series with known labels."""
     families = list(text_string_to_metric_families(client.get("/metrics").text))
     known = {"model", "version", "verdict", "stage", "reason", "role", "window", "le"}
-    known |= {"architecture", "block", "label"}
+    known |= {"architecture", "block", "engine", "label"}
 
     for family in families:
         if family.name.startswith("normgate_"):
