@@ -69,7 +69,8 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=1024,
-        description="threads of a forward pass on the CPU; default: all cores but one",
+        description="threads of a forward pass on the CPU; default: all cores, all but one with "
+        "torch",
     )
     engine: Literal["auto", "torch", "onnxruntime"] = Field(
         "auto",

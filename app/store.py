@@ -199,7 +199,9 @@ class LoadedBundle:
             )
         return detector
 
-    def on_onnxruntime(self, detector: Detector, graphs: Graphs | None = None) -> Detector:
+    def on_onnxruntime(
+        self, detector: Detector, graphs: Graphs | None = None, *, threads: int | None = None
+    ) -> Detector:
         """A detector like one of :meth:`detector` on the CPU, run by ONNX Runtime.
 
         It has scored a few images as the one on torch did.
@@ -207,6 +209,7 @@ class LoadedBundle:
         Args:
             detector: let it go afterwards: its network is a second copy of the weights.
             graphs: those in the bundle's folder by default.
+            threads: of a forward pass; torch's by default.
 
         Raises:
             EngineError: ONNX Runtime is not installed, there are no graphs or damaged ones, or
@@ -217,7 +220,7 @@ class LoadedBundle:
                 if self.folder is None:
                     raise EngineError("the bundle has no folder to read graphs from")
                 graphs = read_graphs(self.folder / GRAPHS_FOLDER)
-            engine = OnnxEngine(graphs, self.weights, threads=torch.get_num_threads())
+            engine = OnnxEngine(graphs, self.weights, threads=threads or torch.get_num_threads())
             other = detector.on_engine(engine)
             check_agreement(other, detector, _agreement_images(self.bundle.preprocessing))
         except EngineError as error:

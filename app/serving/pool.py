@@ -16,6 +16,7 @@ import structlog
 import torch
 
 from app.core.allocator import return_memory
+from app.core.cores import usable_cores
 from app.core.detector import Detector
 from app.core.engines import EngineName
 from app.errors import (
@@ -522,7 +523,9 @@ class ModelPool:
         if device != "cpu":
             raise EngineError(f"onnxruntime runs networks on the CPU, not on {device}")
         try:
-            return stored.on_onnxruntime(detector)
+            # Its threads do not spin: they take no core from the event loop and the decoders.
+            threads = self._settings.compute_threads or usable_cores()
+            return stored.on_onnxruntime(detector, threads=threads)
         except EngineError as error:
             if wanted == "onnxruntime":
                 raise

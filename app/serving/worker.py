@@ -1,7 +1,6 @@
 """The threads that run the network: one a device, all fed from one batcher."""
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from app.core.cores import usable_cores
 from app.core.detector import Detections, Verdict, Verdicts
 from app.errors import ForwardError, SettingsError
 from app.serving.batcher import Batch, Batcher
@@ -119,12 +119,12 @@ class Worker:
 
 
 def compute_on(threads: int | None) -> None:
-    """Spread a forward pass on the CPU over so many threads; all cores but one by default.
+    """Spread torch's forward passes on the CPU over so many threads; all cores but one by default.
 
     With as many as there are cores they would wait for each other, spinning, whenever the event
     loop or a decoder has one: a forward pass can take twenty times as long.
     """
-    torch.set_num_threads(threads or max(1, _cores() - 1))
+    torch.set_num_threads(threads or max(1, usable_cores() - 1))
 
 
 def device_names(setting: str) -> Sequence[str]:
@@ -144,12 +144,6 @@ def device_names(setting: str) -> Sequence[str]:
         )
     # Two threads on one device would share its detectors.
     return list(dict.fromkeys(names))
-
-
-def _cores() -> int:
-    # Those this process may use, where the system tells.
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _each(verdicts: Verdicts) -> list[Detection]:

@@ -26,6 +26,7 @@ Kind = Literal["normgate", "documented", "ours"]
 
 CORES: Final = sorted(os.sched_getaffinity(0))
 _READY_S: Final = 180
+_AWAKE_S: Final = 0.3
 _END_S: Final = 10
 _POLL_S: Final = 0.1
 
@@ -79,8 +80,9 @@ class Running:
         self._signal(signal.SIGSTOP)
 
     def wake(self) -> None:
-        """Go on."""
+        """Go on, and see that much time has passed: NormGate takes it for a full event loop."""
         self._signal(signal.SIGCONT)
+        time.sleep(_AWAKE_S)
 
     def resident_bytes(self) -> int:
         """Memory of all its processes; pages that they share count once for each."""

@@ -68,7 +68,7 @@ class Loader:
         return detector if engine == "torch" else self._loaded.on_onnxruntime(detector)
 
 
-def logits_session(loaded: LoadedBundle) -> Any:
+def logits_session(loaded: LoadedBundle, *, threads: int) -> Any:
     """The session of ONNX Runtime that NormGate uses, for the logits and nothing else.
 
     ONNX Runtime leaves out what no output needs.
@@ -84,7 +84,5 @@ def logits_session(loaded: LoadedBundle) -> Any:
     for output in [one for one in model.graph.output if one.name != LOGITS]:
         model.graph.output.remove(output)
     network = Graph(model.SerializeToString(), graphs.network.weights)
-    engine = OnnxEngine(
-        Graphs(network, graphs.gate), loaded.weights, threads=torch.get_num_threads()
-    )
+    engine = OnnxEngine(Graphs(network, graphs.gate), loaded.weights, threads=threads)
     return engine._network

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from app import cli
+from app.core.cores import usable_cores
 from app.core.detector import Detections, Detector
 from app.core.onnx_graph import INPUT
 from app.store import LoadedBundle
@@ -62,7 +63,7 @@ def on_torch(loaded: LoadedBundle, detector: Detector) -> Classifier:
 
 def on_onnxruntime(loaded: LoadedBundle) -> Classifier:
     """The network alone, as ONNX Runtime runs it."""
-    session = logits_session(loaded)
+    session = logits_session(loaded, threads=usable_cores())
 
     def logits(images: Tensor) -> Tensor:
         [found] = session.run(None, {INPUT: images.numpy()})
@@ -80,7 +81,7 @@ def main() -> int:
         LoadedBundle.detector = detector  # type: ignore[method-assign]
         LoadedBundle.on_onnxruntime = convert  # type: ignore[method-assign]
 
-    def unchanged(loaded: LoadedBundle, found: Classifier) -> Classifier:
+    def unchanged(loaded: LoadedBundle, found: Classifier, *, threads: int) -> Classifier:
         return found
 
     def replace() -> None:

@@ -95,11 +95,11 @@ def test_scores_that_differ(
     """An engine that scores 1 % higher is not used, and the log says by how much it differs."""
     honest = LoadedBundle.on_onnxruntime
 
-    def biased(self: LoadedBundle, *arguments: Any) -> Any:
+    def biased(self: LoadedBundle, *arguments: Any, **options: Any) -> Any:
         weights = dict(self.weights)
         weights["layer4.0.bn2.weight"] = 1.01 * weights["layer4.0.bn2.weight"]
         weights["layer1.0.bn2.weight"] = 1.01 * weights["layer1.0.bn2.weight"]
-        return honest(replace(self, weights=weights), *arguments)
+        return honest(replace(self, weights=weights), *arguments, **options)
 
     monkeypatch.setattr(LoadedBundle, "on_onnxruntime", biased)
 
