@@ -116,7 +116,7 @@ def _export(module: _Whole, *, has_features: bool) -> Any:
         assert program is not None
         # Only what hangs on no large weight. The exporter's own optimiser would fold batch norms
         # into changed copies of the weights; ONNX Runtime does that when it loads them.
-        optimizer.fold_constants(program.model)
+        optimizer.fold_constants(program.model, should_fold=_may_fold)
         optimizer.remove_unused_nodes(program.model)
         return program.model_proto
     except Exception as error:  # the exporter's errors have no common class
@@ -124,6 +124,11 @@ def _export(module: _Whole, *, has_features: bool) -> Any:
         raise EngineError(
             f"{type(module.network).__name__} cannot be exported to ONNX: {reason}"
         ) from error
+
+
+def _may_fold(node: Any) -> bool | None:
+    # By default a linear layer's whole weight would be turned over and kept as a copy.
+    return False if node.op_type == "Transpose" else None
 
 
 def _up_to(model: Any, output: str) -> Any:
