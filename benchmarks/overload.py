@@ -8,9 +8,7 @@ are measured in turns, and the ratio of the two is taken turn by turn.
 
 import argparse
 import json
-import shutil
 import statistics
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,9 +22,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from app.core.networks import Architecture
-from app.offline.calibrate import RANDOM_WEIGHTS, CalibrationOptions, calibrate
-from app.store import Store
+from benchmarks.bench.cases import photographs_store
 from benchmarks.datasets import unpack
 from benchmarks.load import Answer, closed_loop, goodput, open_loop, percentile_ms, post
 from benchmarks.server import ROOT, Server, serving
@@ -78,27 +74,11 @@ def bundled_case() -> Case:
     return Case("cifar10-resnet18, 32 px JPEG", ROOT / "model_store", images, deadline_ms=2000)
 
 
-@contextmanager
-def photographs_case() -> Iterator[Case]:
+def photographs_case() -> Case:
     """MobileNetV3-large with random weights and photographs of about 500 x 375 pixels."""
-    photos = sorted(unpack("photos").rglob("*.JPEG"))
-    with tempfile.TemporaryDirectory() as folder:
-        halves = [Path(folder, name) for name in ("selection", "threshold")]
-        for number, half in enumerate(halves):
-            half.mkdir()
-            for photo in photos[number::2]:
-                shutil.copy(photo, half)
-        store = Path(folder, "store")
-        options = CalibrationOptions(
-            name="mobilenet",
-            architecture=Architecture(id="torchvision/mobilenet_v3_large"),
-            weights=RANDOM_WEIGHTS,
-            selection_images=halves[0],
-            threshold_images=halves[1],
-        )
-        calibrate(options, Store(store), progress=lambda title, *, done, total: None)
-        images = [photo.read_bytes() for photo in photos]
-        yield Case("mobilenet_v3_large, photographs", store, images, deadline_ms=4000)
+    images = [photo.read_bytes() for photo in sorted(unpack("photos").rglob("*.JPEG"))]
+    store = photographs_store("mobilenet_v3_large")
+    return Case("mobilenet_v3_large, photographs", store, images, deadline_ms=4000)
 
 
 def measure(server: Server, case: Case, *, seconds: float, seed: int) -> Turn:
@@ -207,11 +187,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
     results = {}
-    with photographs_case() as photographs:
-        for case in (bundled_case(), photographs):
-            turns = run(case, seconds=arguments.seconds, turns=arguments.turns)
-            print_turns(case, turns)
-            results[case.name] = [asdict(turn) for turn in turns]
+    for case in (bundled_case(), photographs_case()):
+        turns = run(case, seconds=arguments.seconds, turns=arguments.turns)
+        print_turns(case, turns)
+        results[case.name] = [asdict(turn) for turn in turns]
     file = ROOT / "build" / "overload.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

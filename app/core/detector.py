@@ -278,43 +278,40 @@ def _check_scores(
     expected: NDArray[np.float32],
     thresholds: NDArray[np.float32],
 ) -> None:
-    _check_shapes(found, expected)
     finite = np.where(np.isfinite(thresholds), np.abs(thresholds), 0)
-    scale = np.maximum(np.maximum(np.abs(expected), finite), np.finfo(np.float32).tiny)
-    difference = float((np.abs(found - expected) / scale).max())
-    # Not "above": a score that is no number is above nothing.
-    if not difference <= ENGINE_TOLERANCE:
-        raise EngineError(
-            f"a score {run} differs from torch's by {difference:.2g} of itself; the limit is "
-            f"{ENGINE_TOLERANCE:g}"
-        )
+    scale = np.maximum(np.abs(expected), finite)
+    _check(f"a score {run}", found, expected, scale, of="itself", limit=ENGINE_TOLERANCE)
 
 
 def _check_logits(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-    _check_shapes(found, expected)
-    scale = np.maximum(np.abs(expected).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    difference = float((np.abs(found - expected) / scale).max())
-    if not difference <= LOGIT_TOLERANCE:
-        raise EngineError(
-            f"a logit differs from torch's by {difference:.2g} of the largest; the limit is "
-            f"{LOGIT_TOLERANCE:g}"
-        )
+    scale = np.abs(expected).max(axis=1, keepdims=True)
+    _check("a logit", found, expected, scale, of="the largest", limit=LOGIT_TOLERANCE)
 
 
 def _check_norms(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-    _check_shapes(found, expected)
-    scale = max(float(expected.max()), float(np.finfo(np.float32).tiny))
-    difference = float(np.abs(found - expected).max()) / scale
-    if not difference <= ENGINE_TOLERANCE:
-        raise EngineError(
-            f"a FeatureNorm differs from torch's by {difference:.2g} of the largest; the limit is "
-            f"{ENGINE_TOLERANCE:g}"
-        )
+    scale = expected.max(keepdims=True)
+    _check("a FeatureNorm", found, expected, scale, of="the largest", limit=ENGINE_TOLERANCE)
 
 
-def _check_shapes(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+def _check(
+    name: str,
+    found: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    *,
+    of: str,
+    limit: float,
+) -> None:
+    """Return when no difference is more than ``limit`` of the scale."""
     if found.shape != expected.shape:
         raise EngineError(f"an output has shape {found.shape}; torch's has {expected.shape}")
+    scale = np.maximum(scale, np.finfo(np.float32).tiny)
+    difference = float((np.abs(found - expected) / scale).max())
+    # Not "above": a score that is no number is above nothing.
+    if not difference <= limit:
+        raise EngineError(
+            f"{name} differs from torch's by {difference:.2g} of {of}; the limit is {limit:g}"
+        )
 
 
 def _bias(network: nn.Module, head: str) -> Tensor | None:

@@ -285,20 +285,30 @@ def test_two_levels_without_classes() -> None:
     assert two.is_ood.tolist() == one.is_ood.tolist()
 
 
-@pytest.mark.parametrize("score", sorted(SCORES))
-def test_every_score_is_its_definition(network: nn.Module, score: ScoreName) -> None:
-    """The detector gives the score that the norm, the logits and the last features give."""
-    images = pictures(5)
-    block = find_blocks(network, torch.zeros(1, 3, 32, 32))[-2]
-    detector = Detector(
+def detector_of(
+    network: nn.Module,
+    block: Block,
+    preprocessing: Preprocessing,
+    score: ScoreName = "feature_norm",
+) -> Detector:
+    """A detector without a calibration, on torch."""
+    return Detector(
         network,
         block=block,
-        preprocessing=CIFAR_PREPROCESSING,
+        preprocessing=preprocessing,
         score=score,
         threshold=0,
         calibration_scores=np.ones(1, np.float32),
         head="fc" if score in SCORES_WITH_HEAD else None,
     )
+
+
+@pytest.mark.parametrize("score", sorted(SCORES))
+def test_every_score_is_its_definition(network: nn.Module, score: ScoreName) -> None:
+    """The detector gives the score that the norm, the logits and the last features give."""
+    images = pictures(5)
+    block = find_blocks(network, torch.zeros(1, 3, 32, 32))[-2]
+    detector = detector_of(network, block, CIFAR_PREPROCESSING, score)
     with torch.no_grad():
         inputs = CIFAR_PREPROCESSING.normalise(images)
         logits, norms, features = BlockNorms(network, [block]).run_with_features(inputs, head="fc")

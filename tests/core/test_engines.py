@@ -24,6 +24,7 @@ from app.core.scores import SCORES_WITH_HEAD, ScoreName
 from app.errors import EngineError, NetworkError, NoEngineError, NoGraphsError
 from app.store import Store
 from benchmarks.datasets import ROOT, archive_folder
+from tests.core.test_detector import detector_of
 
 IMAGES = 1000
 ARCHIVE = archive_folder() / "cifar10.zip"
@@ -43,24 +44,6 @@ def noise(count: int, side: int = 32) -> Tensor:
     """``[count, 3, side, side]`` uint8."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
-
-
-def detector_of(
-    network: nn.Module,
-    block: Block,
-    preprocessing: Preprocessing,
-    score: ScoreName = "feature_norm",
-) -> Detector:
-    """A detector without a calibration, on torch."""
-    return Detector(
-        network,
-        block=block,
-        preprocessing=preprocessing,
-        score=score,
-        threshold=0,
-        calibration_scores=np.ones(1, np.float32),
-        head="fc" if score in SCORES_WITH_HEAD else None,
-    )
 
 
 def onnx_engine(network: nn.Module, graphs: Graphs, *, threads: int = THREADS) -> OnnxEngine:

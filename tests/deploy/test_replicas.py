@@ -16,7 +16,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.deploy.test_prometheus import DASHBOARD, DEPLOY, MODEL, TOKEN, Prometheus
+from tests.deploy.test_prometheus import DASHBOARD, MODEL, TOKEN, Prometheus, scraping
 from tests.test_lifecycle import Load, until
 from tests.test_proxy_server import free_port, program, replaced, running
 from tests.test_server import ROOT, START_S, STORE, Server, serving
@@ -174,25 +174,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 @pytest.fixture(scope="module")
 def watched(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """Prometheus, once it has seen traffic that is not the same on each instance."""
-    folder = tmp_path_factory.mktemp("prometheus")
-    changes = [
-        ("scrape_interval: 15s", "scrape_interval: 1s"),
-        ("evaluation_interval: 15s", "evaluation_interval: 1s"),
-        ("rules/*.yml", f"{DEPLOY}/rules/*.yml"),
-        ('"normgate:8000"', ", ".join(f'"{instance}"' for instance in fleet.instances())),
-    ]
-    (folder / "prometheus.yml").write_text(replaced(DEPLOY / "prometheus.yml", changes))
-    port = free_port()
-    command = [
-        program("prometheus"),
-        f"--config.file={folder}/prometheus.yml",
-        f"--storage.tsdb.path={folder}/data",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    with ExitStack() as stack:
-        stack.enter_context(running(command, until="Server is ready to receive web requests"))
-        url = f"http://127.0.0.1:{port}"
-        prometheus = Prometheus(stack.enter_context(httpx.Client(base_url=url, timeout=START_S)))
+    with scraping(fleet.instances(), tmp_path_factory.mktemp("prometheus")) as prometheus:
         # Counters have to be seen before they rise.
         before = "count(count_over_time(normgate_ready[1m]) > 1) == 3"
         until(lambda: bool(prometheus.now(before)))
