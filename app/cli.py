@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from app.errors import CalibrationError, NormGateError
+from app.distributed.fleet import Fleet
+from app.errors import CalibrationError, NormGateError, SettingsError
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -75,15 +76,51 @@ def _add_serve(commands: Any) -> None:
             metavar=name.upper(),
             help=f"{field.description}{default}",
         )
+    _add_fleet(parser)
     parser.set_defaults(command=_serve)
 
 
+def _add_fleet(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with --ray")
+    group.add_argument(
+        "--ray",
+        action="store_true",
+        help="answer from many replicas, on the Ray cluster that RAY_ADDRESS names or a new one",
+    )
+    for name, field in Fleet.model_fields.items():
+        default = "" if field.default is None else f" (default: {field.default})"
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            metavar=name.upper(),
+            help=f"{field.description}{default}",
+        )
+
+
 def _serve(options: argparse.Namespace) -> None:
-    flags = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
-    settings = Settings.read(flags)
+    settings = Settings.read(_given(options, Settings))
+    of_fleet = _given(options, Fleet)
+    if options.ray:
+        _serve_on_ray(settings, Fleet.read(of_fleet))
+        return
+    if of_fleet:
+        raise SettingsError(f"{', '.join(of_fleet)}: only with --ray")
     from app.server import serve
 
     serve(settings)
+
+
+def _serve_on_ray(settings: Settings, fleet: Fleet) -> None:
+    try:
+        from app.distributed.serving import run
+    except ModuleNotFoundError as error:
+        raise SettingsError("--ray needs Ray Serve: pip install 'normgate[ray]'") from error
+    run(settings, fleet)
+
+
+def _given(options: argparse.Namespace, fields: type[BaseModel]) -> dict[str, Any]:
+    """The options that are fields, and were given."""
+    return {name: value for name, value in vars(options).items() if name in fields.model_fields}
 
 
 def _add_calibrate(commands: Any) -> None:

@@ -37,7 +37,18 @@ ALLOWED = {
         "main",
         "logs",
     },
-    "cli": {"core", "store", "offline", "serving", "settings", "api", "main", "server"},
+    "distributed": {"core", "store", "offline", "serving", "settings", "api", "main", "logs"},
+    "cli": {
+        "core",
+        "store",
+        "offline",
+        "serving",
+        "settings",
+        "api",
+        "main",
+        "server",
+        "distributed",
+    },
 }
 
 

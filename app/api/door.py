@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
 from app.api.deadline import deadline_of
-from app.api.problems import encode_problem
+from app.api.problem_body import encode_problem
 from app.api.request_id import HEADER, request_id_of
 from app.errors import MalformedRequestError, NotReadyError, QueueFullError
 from app.serving.metrics import Metrics

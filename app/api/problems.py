@@ -1,7 +1,6 @@
 """Errors as RFC 9457 problem details; the one place that knows HTTP status codes."""
 
 import http
-import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -13,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from app.api.access_log import describe
+from app.api.problem_body import MEDIA_TYPE, encode_problem
 from app.api.request_id import HEADER
 from app.errors import (
     ActivationError,
@@ -39,7 +39,6 @@ from app.errors import (
 )
 from app.serving.metrics import Metrics, RejectReason
 
-MEDIA_TYPE: Final = "application/problem+json"
 _CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's code for a client that went away first; never on the wire."""
 
@@ -130,23 +129,6 @@ def problem(
         request.scope["path"], status=status, detail=detail, request_id=request.state.request_id
     )
     return Response(body, status, headers, media_type=media_type)
-
-
-def encode_problem(path: str, *, status: int, detail: str, request_id: str) -> tuple[bytes, str]:
-    """The body of a problem, and its media type.
-
-    Under ``/v2`` it is the only kind of error that the protocol's clients can read.
-    """
-    if path == "/v2" or path.startswith("/v2/"):
-        return json.dumps({"error": detail}).encode(), "application/json"
-    fields = {
-        "type": f"https://www.rfc-editor.org/rfc/rfc9110#status.{status}",
-        "title": http.HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        "request_id": request_id,
-    }
-    return json.dumps(fields).encode(), MEDIA_TYPE
 
 
 def error_response(request: Request, error: NormGateError, metrics: Metrics) -> Response:
