@@ -1,0 +1,290 @@
+"""Ray Serve on one machine: a real cluster, two replicas, lost and changed under load."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx
+import psutil
+import pytest
+import torch
+import yaml
+
+from app.client import Client, NormGateClientError
+from app.core.images import load
+from app.store import Store
+from tests.pictures import jpeg
+from tests.test_lifecycle import until
+from tests.test_proxy_server import free_port
+from tests.test_server import ROOT, STORE
+from tests.versions import add_version
+
+pytest.importorskip("ray.serve")
+pytestmark = pytest.mark.slow
+
+MODEL: Final = "cifar10-resnet18"
+IMAGES: Final = 2_000
+CONNECTIONS: Final = 16
+WITHIN_S: Final = 120
+BIN: Final = Path(sys.executable).parent
+SETTINGS: Final = {
+    "engine": "torch",
+    "max_batch_size": 1,  # an image's last bits depend on its company in a batch
+    "deadline_ms": 60_000,
+    "shutdown_grace_s": 0,
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Ray, on this machine alone."""
+
+    address: str
+    process: "subprocess.Popen[bytes]"
+    environment: Mapping[str, str]
+
+    def run(self, *command: str | Path) -> "subprocess.CompletedProcess[str]":
+        """What a command of this installation prints, with the cluster's address."""
+        return subprocess.run(
+            [str(BIN / command[0]), *map(str, command[1:])],
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=WITHIN_S,
+        )
+
+    def replicas(self) -> list[psutil.Process]:
+        """The processes of NormGate's replicas."""
+        workers = psutil.Process(self.process.pid).children(recursive=True)
+        return [one for one in workers if "ServeReplica:NormGate" in " ".join(one.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A cluster with room for three replicas, whose proxies answer in NormGate's words."""
+    address = f"127.0.0.1:{free_port()}"
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": address,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.distributed.proxy.middlewares",
+        "PYTHONPATH": str(ROOT),
+    }
+    # Its sockets' paths would be too long in pytest's own folder.
+    folder = tempfile.mkdtemp(prefix="ray")
+    command = [
+        *(BIN / "ray", "start", "--head", "--block", "--num-cpus=3", "--include-dashboard=false"),
+        *("--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}"),
+        *("--object-store-memory=200000000", f"--temp-dir={folder}"),
+    ]
+    without_address = {name: environment[name] for name in environment.keys() - {"RAY_ADDRESS"}}
+    process = subprocess.Popen(
+        command, env=without_address, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield Cluster(address, process, environment)
+    finally:
+        _end(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and all that it started."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    _, alive = psutil.wait_procs([psutil.Process(process.pid), *family], timeout=10)
+    for one in alive:
+        one.kill()
+    process.wait(10)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Two replicas of NormGate, started from a configuration file of Serve's."""
+
+    cluster: Cluster
+    store: Path
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Of Serve's proxy."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def deploy(self, *, versions: Mapping[str, int]) -> None:
+        """Give Serve the configuration; it takes in what has changed."""
+        options = {"model_store": str(self.store), "min_replicas": 2, "max_replicas": 2}
+        application = {
+            "name": "NormGate",
+            "import_path": "app.distributed.serving:application",
+            "args": options | SETTINGS,
+            "deployments": [{"name": "NormGate", "user_config": {"versions": dict(versions)}}],
+        }
+        file = self.store / "serve.yaml"
+        http = {"host": "127.0.0.1", "port": self.port}
+        file.write_text(yaml.safe_dump({"http_options": http, "applications": [application]}))
+        done = self.cluster.run("serve", "run", "--non-blocking", file)
+        assert done.returncode == 0, done.stderr
+
+    def listeners(self) -> list[str]:
+        """Where the replicas' metrics are, as Prometheus is told."""
+        try:
+            answer = httpx.get(f"{self.url}/metrics/replicas", timeout=WITHIN_S)
+        except httpx.TransportError:
+            return []
+        if answer.status_code != 200:
+            return []
+        return [address for each in answer.json() for address in each["targets"]]
+
+    def active(self) -> set[int]:
+        """The versions that answer, of all replicas."""
+        role = re.compile(r'normgate_model_role\{.*role="active",version="(\d+)"\} 1.0')
+        pages = [httpx.get(f"http://{one}/metrics").text for one in self.listeners()]
+        return {int(version) for page in pages for version in role.findall(page)}
+
+
+@pytest.fixture(scope="module")
+def fleet(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    """Two replicas that answer, with a store of their own."""
+    store = tmp_path_factory.mktemp("serve")
+    shutil.copytree(STORE / MODEL, store / MODEL)
+    fleet = Fleet(cluster, store, free_port())
+    fleet.deploy(versions={})
+    until(lambda: len(fleet.listeners()) == 2)
+    return fleet
+
+
+@pytest.fixture(scope="module")
+def offline() -> Sequence[float]:
+    """The score of every image, computed without a server, on one thread as a replica does."""
+    loaded = Store(STORE).load(MODEL)
+    detector, preprocessing = loaded.detector(), loaded.bundle.preprocessing
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        images = (load(jpeg(seed), preprocessing)[None] for seed in range(IMAGES))
+        return [float(detector.detect(image).scores[0]) for image in images]
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Load:
+    """Clients that ask again and again, and once more where they are told to come back."""
+
+    def __init__(self, url: str, *, clients: int = 8) -> None:
+        self.outcomes: Counter[object] = Counter()
+        self._url = url
+        self._is_over = threading.Event()
+        self._counting = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._ask, args=(seed,)) for seed in range(clients)
+        ]
+
+    @contextmanager
+    def running(self, *, retries: int) -> Iterator["Load"]:
+        """The clients ask inside the context; outside it every request has its outcome."""
+        self._retries = retries
+        for thread in self._threads:
+            thread.start()
+        try:
+            self.go_on(100)
+            yield self
+        finally:
+            self._is_over.set()
+            for thread in self._threads:
+                thread.join(WITHIN_S)
+
+    def go_on(self, count: int) -> None:
+        """Return when so many more requests have their outcome."""
+        wanted = self.outcomes.total() + count
+        until(lambda: self.outcomes.total() >= wanted)
+
+    def _ask(self, seed: int) -> None:
+        data = jpeg(seed)
+        with Client(self._url, retries=self._retries, timeout_s=WITHIN_S) as client:
+            while not self._is_over.is_set():
+                outcome: object
+                try:
+                    client.score(data)
+                    outcome = "answered"
+                except NormGateClientError as error:
+                    outcome = repr(error)
+                with self._counting:
+                    self.outcomes[outcome] += 1
+
+
+def test_two_replicas_give_the_offline_scores(fleet: Fleet, offline: Sequence[float]) -> None:
+    """2,000 distinct images have the scores of one process, bit for bit, and both replicas work."""
+    limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+    with (
+        httpx.Client(base_url=fleet.url, timeout=WITHIN_S, limits=limits) as client,
+        ThreadPoolExecutor(CONNECTIONS) as pool,
+    ):
+
+        def ask(seed: int) -> float:
+            response = client.post("/v1/score", content=jpeg(seed))
+            assert response.status_code == 200
+            return float(response.json()["results"][0]["score"])
+
+        online = list(pool.map(ask, range(IMAGES)))
+
+    assert online == list(offline)
+    assert len(set(online)) > 0.99 * IMAGES, "equal scores could not tell a mix-up"
+    counted = [_images(address) for address in fleet.listeners()]
+    assert len(counted) == 2
+    assert min(counted) > 0
+    assert sum(counted) == IMAGES
+
+
+def _images(address: str) -> float:
+    """The images that a replica has scored, by its own metrics."""
+    page = httpx.get(f"http://{address}/metrics").text
+    return sum(map(float, re.findall(r"^normgate_images_total\{.*\} (.*)$", page, re.MULTILINE)))
+
+
+def test_errors_are_those_of_one_process(fleet: Fleet) -> None:
+    """A problem document comes with its status and with one request id."""
+    response = httpx.post(
+        f"{fleet.url}/v1/score", content=b"no image", headers={"X-Request-ID": "one"}
+    )
+
+    assert response.status_code == 415
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers.get_list("x-request-id") == ["one"]
+    assert response.json()["request_id"] == "one"
+
+
+def test_a_changed_configuration_swaps_the_version_under_load(fleet: Fleet) -> None:
+    """Every replica answers with the version that user_config names, and no request notices."""
+    add_version(fleet.store / MODEL, 2)
+    replicas = {one.pid for one in fleet.cluster.replicas()}
+    with Load(fleet.url).running(retries=0) as load:
+        fleet.deploy(versions={MODEL: 2})
+        until(lambda: fleet.active() == {2})
+        load.go_on(100)
+
+    assert set(load.outcomes) == {"answered"}
+    assert {one.pid for one in fleet.cluster.replicas()} == replicas
+
+
+def test_a_replica_killed_under_load(fleet: Fleet) -> None:
+    """A client that retries once as told loses nothing, and the replica is replaced."""
+    with Load(fleet.url).running(retries=1) as load:
+        fleet.cluster.replicas()[0].send_signal(signal.SIGKILL)
+        load.go_on(300)
+        until(lambda: len(fleet.listeners()) == 2)
+
+    assert set(load.outcomes) == {"answered"}
