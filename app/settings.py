@@ -41,7 +41,12 @@ class Settings(BaseSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?(,cuda:\d+)*)$",
         description="auto, cpu, or a list such as cuda:0,cuda:1",
     )
-    max_batch_size: int = Field(32, ge=1, le=4096, description="images in one forward pass")
+    max_batch_size: int = Field(
+        32,
+        ge=1,
+        le=4096,
+        description="most images in one forward pass; fewer where caches are the bound",
+    )
     max_wait_ms: float = Field(
         0, ge=0, le=1000, description="how long a free device waits for a fuller batch"
     )
@@ -69,8 +74,8 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=1024,
-        description="threads of a forward pass on the CPU; default: all cores, all but one with "
-        "torch",
+        description="threads of a forward pass on the CPU; default: all cores, one for tiny "
+        "images, all but one with torch",
     )
     engine: Literal["auto", "torch", "onnxruntime"] = Field(
         "auto",

@@ -1,6 +1,12 @@
-"""The cores that this process may use."""
+"""The cores that this process may use, and what forward passes make of them."""
 
 import os
+from typing import Final
+
+_PASS_PIXELS: Final = 4 * 224 * 224
+"""Images with more pixels in all have activations that leave the caches: MobileNetV3 then takes up
+to twice as long an image."""
+_TINY_SIDE: Final = 64
 
 
 def usable_cores() -> int:
@@ -8,3 +14,16 @@ def usable_cores() -> int:
     # Those of the process, where the system tells.
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def images_a_pass(side: int) -> int:
+    """The most square images of ``side`` pixels that one forward pass should take; at least 1."""
+    return max(1, _PASS_PIXELS // side**2)
+
+
+def threads_a_pass(side: int) -> int:
+    """How many threads should share a forward pass of images of ``side`` pixels.
+
+    For tiny images one: to part and meet again would cost more than it gives.
+    """
+    return 1 if side <= _TINY_SIDE else usable_cores()

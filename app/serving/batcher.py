@@ -30,6 +30,8 @@ _ITEM_WEIGHT: Final = 0.05
 """Of one item in the moving average of the seconds an item takes."""
 _FASTER_WEIGHT: Final = 0.5
 """Of a batch that was faster than the average."""
+_MOST_SLOWER: Final = 4
+"""Times than the average that a batch counts as, however long it took."""
 _WAITING_SHARE: Final = 0.5
 """Of the time to a deadline that waiting may take: the estimate errs, and a late answer is lost."""
 _BACKGROUND_BATCHES: Final = 4
@@ -164,7 +166,11 @@ class _Pace:
         self._rest_if_idle()
 
     def _take_in(self, sample: float, count: int) -> None:
-        weight = 1 - (1 - _ITEM_WEIGHT) ** count if self.seconds_per_item else 1
+        weight = 1.0
+        if self.seconds_per_item:
+            weight = 1 - (1 - _ITEM_WEIGHT) ** count
+            # A process that was suspended has not become slow.
+            sample = min(sample, _MOST_SLOWER * self.seconds_per_item)
         if sample < self.seconds_per_item:
             # Who is refused for a pace that was slow once never shows it faster.
             weight = max(weight, _FASTER_WEIGHT)
@@ -182,6 +188,7 @@ class Batcher(Generic[Item, Result]):
         max_batch_size: most items in a batch; a request with more is split.
         queue_size: most items waiting; a request with more is accepted by an empty queue alone.
         max_wait_s: how long a free thread waits for a batch to fill; 0 never delays.
+        batch_size_of: of items of that key, where it is smaller.
         on_drop: told of items that left the queue unanswered.
         lag_s: how long an item has waited already when it is heard of.
         clock: in seconds, the one deadlines are on.
@@ -193,6 +200,7 @@ class Batcher(Generic[Item, Result]):
         max_batch_size: int,
         queue_size: int,
         max_wait_s: float = 0,
+        batch_size_of: Callable[[Hashable], int] | None = None,
         on_drop: Callable[[DropReason, int], None] = lambda reason, count: None,
         lag_s: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
@@ -200,6 +208,7 @@ class Batcher(Generic[Item, Result]):
         self._max_batch_size = max_batch_size
         self._queue_size = queue_size
         self._max_wait_s = max_wait_s
+        self._batch_size_of = batch_size_of or (lambda key: max_batch_size)
         self._on_drop = on_drop
         self._lag_s = lag_s
         self._clock = clock
@@ -398,7 +407,7 @@ class Batcher(Generic[Item, Result]):
             return
         until = self._queues[lane][0].arrived + self._max_wait_s
         self._changed.wait_for(
-            lambda: self._is_closed or len(self._queues.get(lane, ())) >= self._max_batch_size,
+            lambda: self._is_closed or len(self._queues.get(lane, ())) >= self._batch_size(lane),
             timeout=max(0, until - self._clock()),
         )
 
@@ -407,7 +416,8 @@ class Batcher(Generic[Item, Result]):
         queue = self._queues.get(lane, deque())
         taken: list[_Pending[Item, Result]] = []
         now, expired, gone = self._clock(), 0, 0
-        while queue and len(taken) < self._max_batch_size:
+        batch_size = self._batch_size(lane)
+        while queue and len(taken) < batch_size:
             pending = queue.popleft()
             if pending.request.deadline <= now:
                 expired += 1
@@ -423,6 +433,9 @@ class Batcher(Generic[Item, Result]):
         if expired:
             self._on_drop("expired", expired)
         return taken
+
+    def _batch_size(self, lane: _Lane) -> int:
+        return min(self._max_batch_size, self._batch_size_of(lane.key))
 
     def _replace(self, lane: _Lane, queue: deque[_Pending[Item, Result]]) -> None:
         if queue:

@@ -16,7 +16,7 @@ import structlog
 import torch
 
 from app.core.allocator import return_memory
-from app.core.cores import usable_cores
+from app.core.cores import images_a_pass, threads_a_pass
 from app.core.detector import Detector
 from app.core.engines import EngineName
 from app.errors import (
@@ -47,6 +47,8 @@ class LoadedModel:
     detectors: Mapping[str, Detector]
     metrics: ScoreMetrics
     drift: DriftMonitor
+    batch_size: int
+    """Most images in one forward pass."""
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
 
@@ -475,8 +477,11 @@ class ModelPool:
         stored = self._read(name, version, store)
         bundle = stored.bundle
         detectors = {device: self._detector(stored, device) for device in self._devices}
+        batch_size, side = self._settings.max_batch_size, bundle.preprocessing.crop
+        if "cpu" in detectors:
+            batch_size = min(batch_size, images_a_pass(side))
         for detector in detectors.values():
-            self._warm_up(detector, side=bundle.preprocessing.crop)
+            _warm_up(detector, batch_size=batch_size, side=side)
         drift = DriftMonitor(
             stored.calibration_scores,
             threshold=bundle.threshold,
@@ -500,6 +505,7 @@ class ModelPool:
                 version=version,
             ),
             drift=drift,
+            batch_size=batch_size,
         )
 
     def _read(self, name: str, version: int, store: Store) -> LoadedBundle:
@@ -524,7 +530,8 @@ class ModelPool:
             raise EngineError(f"onnxruntime runs networks on the CPU, not on {device}")
         try:
             # Its threads do not spin: they take no core from the event loop and the decoders.
-            threads = self._settings.compute_threads or usable_cores()
+            side = stored.bundle.preprocessing.crop
+            threads = self._settings.compute_threads or threads_a_pass(side)
             return stored.on_onnxruntime(detector, threads=threads)
         except EngineError as error:
             if wanted == "onnxruntime":
@@ -534,12 +541,13 @@ class ModelPool:
             log("torch runs the network", device=device, reason=str(error))
             return detector
 
-    def _warm_up(self, detector: Detector, *, side: int) -> None:
-        """Passes at both ends of the batch sizes, so that no request pays for set-up."""
-        for batch_size in (1, self._settings.max_batch_size):
-            images = torch.zeros(batch_size, 3, side, side, dtype=torch.uint8)
-            detector.detect(images)
-            detector.judge(images)
+
+def _warm_up(detector: Detector, *, batch_size: int, side: int) -> None:
+    """Passes at both ends of the batch sizes, so that no request pays for set-up."""
+    for size in (1, batch_size):
+        images = torch.zeros(size, 3, side, side, dtype=torch.uint8)
+        detector.detect(images)
+        detector.judge(images)
 
 
 def _version(model: LoadedModel) -> int:

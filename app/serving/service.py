@@ -28,7 +28,15 @@ from app.serving.metrics import Metrics, ScoreMetrics
 from app.serving.pool import LoadedModel, ModelPool, Shadow, VersionState
 from app.serving.review import ReviewQueue
 from app.serving.statistics import Step
-from app.serving.worker import Detection, ImageBatcher, Work, Worker, compute_on, device_names
+from app.serving.worker import (
+    Detection,
+    ImageBatcher,
+    Work,
+    Worker,
+    batch_size_of,
+    compute_on,
+    device_names,
+)
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -69,6 +77,7 @@ class ScoringService:
             max_batch_size=settings.max_batch_size,
             queue_size=settings.queue_size,
             max_wait_s=settings.max_wait_ms / 1000,
+            batch_size_of=batch_size_of,
             on_drop=self._count_dropped,
             lag_s=lambda: self._lag.seconds,
         )

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,6 +47,12 @@ class Work:
     model: LoadedModel
     is_gate: bool = False
     """Verdicts alone: the network runs only as far as they need."""
+
+
+def batch_size_of(key: Hashable) -> int:
+    """Most images of a batch of that :class:`Work`."""
+    assert isinstance(key, Work)
+    return key.model.batch_size
 
 
 ImageBatcher = Batcher[Tensor, Detection]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app import cli
-from app.core.cores import usable_cores
+from app.core.cores import threads_a_pass
 from app.core.detector import Detections, Detector
 from app.core.onnx_graph import INPUT
 from app.store import LoadedBundle
@@ -63,7 +63,7 @@ def on_torch(loaded: LoadedBundle, detector: Detector) -> Classifier:
 
 def on_onnxruntime(loaded: LoadedBundle) -> Classifier:
     """The network alone, as ONNX Runtime runs it."""
-    session = logits_session(loaded, threads=usable_cores())
+    session = logits_session(loaded, threads=threads_a_pass(loaded.bundle.preprocessing.crop))
 
     def logits(images: Tensor) -> Tensor:
         [found] = session.run(None, {INPUT: images.numpy()})

@@ -329,6 +329,42 @@ def test_too_late_is_refused_at_once() -> None:
     run(scenario())
 
 
+def test_a_suspended_process_is_not_slow() -> None:
+    """A batch that took minutes, among quick ones, makes nobody refused for long."""
+
+    async def scenario() -> None:
+        clock = Clock()
+        batcher = numbers(max_batch_size=1, clock=clock)
+        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(5)]
+        await until(lambda: batcher.depth == 5)
+        for result, seconds in enumerate((0.1, 0.1, 600)):
+            batch = batcher.take()
+            assert batch is not None
+            clock.now += seconds
+            batch.complete([2 * result])
+        waiting.append(asyncio.ensure_future(batcher.submit("key", [5], deadline=clock.now + 2)))
+        await until(lambda: batcher.depth == 3)
+        with Doubler(batcher).working():
+            assert await asyncio.gather(*waiting) == [[0], [2], [4], [6], [8], [10]]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("key", "largest"), [("large", 2), ("small", 4)])
+def test_a_key_may_have_smaller_batches(key: str, largest: int) -> None:
+    """Items whose key has a smaller batch size travel in batches of it, the others as before."""
+
+    async def scenario() -> None:
+        batcher = numbers(max_batch_size=4, batch_size_of=lambda key: 2 if key == "large" else 9)
+        waiting = asyncio.ensure_future(batcher.submit(key, list(range(6))))
+        await until(lambda: batcher.depth == 6)
+        with Doubler(batcher).working() as doubler:
+            assert await waiting == [0, 2, 4, 6, 8, 10]
+        assert max(map(len, doubler.batches)) == largest
+
+    run(scenario())
+
+
 def test_the_first_batch_after_a_rest_is_no_pace() -> None:
     """A form whose images were long in decoding, on an idle service, makes nobody refused."""
 

@@ -66,7 +66,7 @@ class OneDetector:
 def model_of(**detectors: OneDetector) -> LoadedModel:
     """A loaded model with a detector for each device."""
     parts: Any = {"bundle": None, "metrics": None, "drift": None, "statistics": ModelStatistics()}
-    return LoadedModel(detectors=detectors, **parts)  # type: ignore[arg-type]
+    return LoadedModel(detectors=detectors, batch_size=8, **parts)  # type: ignore[arg-type]
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
