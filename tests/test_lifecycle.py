@@ -76,9 +76,9 @@ def _outcome(client: httpx.Client, data: bytes) -> object:
         return repr(error)
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], *, within_s: float = START_S) -> None:
     """Return once the condition holds; fail when it takes too long."""
-    end = time.monotonic() + START_S
+    end = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end, "waited too long"
         threading.Event().wait(0.01)

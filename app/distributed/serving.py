@@ -8,7 +8,7 @@ import gc
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
@@ -200,7 +200,9 @@ def run(settings: Settings, fleet: Fleet) -> None:
         except RuntimeError as error:
             raise NormGateError(f"the replicas cannot start: {_last_line(error)}") from error
         finally:
-            serve.delete(NAME)
+            # Longer than a minute: Serve goes on to end the replicas.
+            with suppress(TimeoutError):
+                serve.delete(NAME)
 
 
 @contextmanager
