@@ -11,7 +11,6 @@ when told to. :mod:`benchmarks.scaling.events` simulates single requests, and th
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -55,10 +54,13 @@ class Curves:
         self._waits = np.stack([queue.wait.shares(EDGES) for queue in queues])
         self._busy = np.array([queue.busy for queue in queues])
         self.forward_share = forward_share
+        self._balances = [self._balance(percent) for percent in range(101)]
 
-    @lru_cache(maxsize=None)  # noqa: B019: a few in a process, for all of its life
-    def at(self, percent: int) -> "Balance":
-        """The queue in balance at this load; above the last that was solved, as there."""
+    def at(self, load: float) -> "Balance":
+        """The queue in balance at this load, to the percent; above the last solved, as there."""
+        return self._balances[min(100, round(100 * load))]
+
+    def _balance(self, percent: int) -> "Balance":
         load = percent / 100
         place = float(np.interp(load, LOADS, np.arange(len(LOADS))))
         low = min(int(place), len(LOADS) - 2)
@@ -356,7 +358,7 @@ class Fleet:
 
     def _calm(self, count: int, load: float, replicas: int) -> _Accepted:
         """Requests to replicas whose queues are in balance."""
-        balance = self._curves.at(min(100, round(100 * load)))
+        balance = self._curves.at(load)
         return _Accepted(
             count=count,
             latencies=balance.latencies,
