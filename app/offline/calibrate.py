@@ -1,10 +1,12 @@
 """Calibration: from a network and two folders of ID images to a bundle in the model store."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
@@ -37,8 +39,9 @@ from app.core.threshold import (
 )
 from app.errors import CalibrationError, NetworkError
 from app.offline.progress import Progress
-from app.offline.reading import Batch, ImageFolder, tracked
+from app.offline.reading import Batch, Findings, ImageSet, Place, Reading, ThisMachine
 from app.offline.report import CalibrationScores, calibration_report
+from app.offline.sources import find_images
 from app.store import (
     Bundle,
     CalibrationData,
@@ -54,15 +57,20 @@ RANDOM_WEIGHTS: Final = "random"
 MAX_SHARED_SHARE: Final = 0.01
 _NAMED: Final = 10
 
+ResultT = TypeVar("ResultT", "BatchNorms", "BatchScores")
+
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What a calibration is asked for; the defaults are the command line's."""
+    """What a calibration is asked for; the defaults are the command line's.
+
+    Images are found as :func:`app.offline.sources.find_images` does, in folders or at URLs.
+    """
 
     name: str
     architecture: Architecture
-    selection_images: Path
-    threshold_images: Path
+    selection_images: Path | str
+    threshold_images: Path | str
     weights: str | None = None
     labels: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
@@ -108,10 +116,23 @@ class Calibration:
     """Of a store that is no folder, the URL."""
 
 
-def calibrate(options: CalibrationOptions, store: Store, *, progress: Progress) -> Calibration:
+def calibrate(
+    options: CalibrationOptions,
+    store: Store,
+    *,
+    progress: Progress,
+    place: Place | None = None,
+) -> Calibration:
     """Choose the block, set the threshold and write the bundle.
 
-    The same options, images and seed give the same bundle but for ``created``.
+    The same options, images and seed give the same bundle but for ``created``, wherever the images
+    are read and scored.
+
+    Args:
+        options: what is asked for.
+        store: gets the bundle.
+        progress: told how far it is.
+        place: does the work; this machine by default.
 
     Raises:
         NetworkError: the network cannot be built, filled or read.
@@ -119,7 +140,7 @@ def calibrate(options: CalibrationOptions, store: Store, *, progress: Progress) 
         BundleError: the bundle cannot be written; nothing is left of it.
     """
     version = store.next_version(options.name)
-    run = _Run(options, progress)
+    run = _Run(options, progress, place or ThisMachine())
     choice = run.select_block()
     held_out = run.held_out_scores(choice.selection.selected)
     bundle = run.describe(choice.selection, held_out)
@@ -136,8 +157,8 @@ def calibrate(options: CalibrationOptions, store: Store, *, progress: Progress) 
     return Calibration(store.read(options.name, version), folder)
 
 
-def build_network(options: CalibrationOptions) -> nn.Module:
-    """The network with its weights, on its device, in evaluation mode.
+def build_network(options: CalibrationOptions, *, device: str) -> nn.Module:
+    """The network with its weights, on a device, in evaluation mode.
 
     Raises:
         NetworkError: it cannot be built or filled, or no weights were named.
@@ -152,10 +173,10 @@ def build_network(options: CalibrationOptions) -> nn.Module:
             "structure alone"
         )
     try:
-        return network.to(options.device)
+        return network.to(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise NetworkError(f"device {options.device} cannot be used: {reason}") from error
+        raise NetworkError(f"device {device} cannot be used: {reason}") from error
 
 
 def _report(choice: BlockChoice, held_out: HeldOut) -> Callable[[Bundle], Mapping[str, bytes]]:
@@ -164,19 +185,124 @@ def _report(choice: BlockChoice, held_out: HeldOut) -> Callable[[Bundle], Mappin
     return lambda bundle: calibration_report(bundle, scores).files()
 
 
-class _Run:
-    """One calibration: the network, the two folders and the passes over them."""
+@dataclass(frozen=True)
+class BatchNorms:
+    """The FeatureNorms of a batch's readable images and of their puzzles, ``[B, blocks]`` each."""
 
-    def __init__(self, options: CalibrationOptions, progress: Progress) -> None:
+    findings: Findings
+    of_images: NDArray[np.float32]
+    of_puzzles: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """The scores of a batch's readable images and the classes predicted for them, ``[B]`` each."""
+
+    findings: Findings
+    scores: NDArray[np.float32]
+    classes: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class NormWork:
+    """What block selection does with a batch.
+
+    Args:
+        network: in evaluation mode.
+        blocks: the candidates.
+        preprocessing: normalises the images.
+        permutations: ``[N, tiles * tiles]``, one for each position.
+        edge: of the puzzles.
+        device: where the network runs.
+    """
+
+    network: nn.Module
+    blocks: Sequence[Block]
+    preprocessing: Preprocessing
+    permutations: NDArray[np.int8]
+    edge: Edge
+    device: str
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> BatchNorms:
+        """The norms of the images and their puzzles."""
+        indices = batch.indices
+        if not indices:
+            none = np.empty((0, len(self.blocks)), dtype=np.float32)
+            return BatchNorms(batch.findings, none, none)
+        inputs = self.preprocessing.normalise(batch.images.to(self.device))
+        puzzles = jigsaw(inputs, self.permutations[indices], edge=self.edge)
+        return BatchNorms(
+            batch.findings,
+            of_images=_columns(self._norms.run(inputs)[1]),
+            of_puzzles=_columns(self._norms.run(puzzles)[1]),
+        )
+
+    @cached_property
+    def _norms(self) -> BlockNorms:
+        return BlockNorms(self.network.to(self.device), self.blocks)
+
+
+@dataclass(frozen=True)
+class ScoreWork:
+    """What setting the threshold does with a batch.
+
+    Args:
+        network: in evaluation mode.
+        block: the selected one.
+        preprocessing: normalises the images.
+        score: what the threshold is for.
+        head: of the scores that need one.
+        device: where the network runs.
+    """
+
+    network: nn.Module
+    block: Block
+    preprocessing: Preprocessing
+    score: ScoreName
+    head: str | None
+    device: str
+
+    def __call__(self, batch: Batch) -> BatchScores:
+        """The scores and the predicted classes."""
+        if not batch.indices:
+            none = np.empty(0, dtype=np.float32)
+            return BatchScores(batch.findings, none, none.astype(np.int64))
+        detections = self._detector.detect(batch.images)
+        return BatchScores(batch.findings, detections.scores, detections.logits.argmax(axis=1))
+
+    @cached_property
+    def _detector(self) -> Detector:
+        return self.detector(np.empty(0, dtype=np.float32), -np.inf)
+
+    def detector(self, scores: NDArray[np.float32], threshold: float) -> Detector:
+        """One with a threshold."""
+        return Detector(
+            self.network.to(self.device),
+            block=self.block,
+            preprocessing=self.preprocessing,
+            score=self.score,
+            threshold=threshold,
+            calibration_scores=scores,
+            head=self.head,
+        )
+
+
+class _Run:
+    """One calibration: the network, the two sets of images and the passes over them."""
+
+    def __init__(self, options: CalibrationOptions, progress: Progress, place: Place) -> None:
         self._options = options
         self._progress = progress
-        self._selection, self._held_out = _image_folders(options)
-        self.network = build_network(options)
+        self._place = place
+        self._selection, self._held_out = _image_sets(options, place)
+        self._device = place.device(options.device)
+        self.network = build_network(options, device=self._device)
         self._preprocessing = options.preprocessing or default_preprocessing(options.architecture)
         side = self._preprocessing.crop
         if side < TILES:
             raise CalibrationError(f"crop is {side} pixels; a jigsaw needs at least {TILES}")
-        probe = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=options.device)
+        probe = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self._device)
         inputs = self._preprocessing.normalise(probe)
         try:
             self._blocks = find_blocks(self.network, inputs, pattern=options.blocks)
@@ -190,36 +316,39 @@ class _Run:
         if options.score in SCORES_WITH_HEAD:
             self._head = find_head(self.network, inputs)
 
-    @torch.inference_mode()
     def select_block(self) -> BlockChoice:
         """NormRatio of every block over the selection images."""
-        norms = BlockNorms(self.network, self._blocks)
-        permutations = draw_permutations(len(self._selection.files), seed=self._options.seed)
+        options = self._options
+        work = NormWork(
+            self.network,
+            self._blocks,
+            self._preprocessing,
+            permutations=draw_permutations(len(self._selection), seed=options.seed),
+            edge=options.edge,
+            device=options.device,
+        )
         of_images: list[NDArray[np.float32]] = []
         of_puzzles: list[NDArray[np.float32]] = []
-        for batch in self._batches("choosing the block", self._selection):
-            inputs = self._preprocessing.normalise(batch.images.to(self._options.device))
-            puzzles = jigsaw(inputs, permutations[batch.indices], edge=self._options.edge)
-            of_images.append(_columns(norms.run(inputs)[1]))
-            of_puzzles.append(_columns(norms.run(puzzles)[1]))
+        for batch in self._pass("choosing the block", self._selection, work):
+            of_images.append(batch.of_images)
+            of_puzzles.append(batch.of_puzzles)
         image_norms, jigsaw_norms = _joined(of_images), _joined(of_puzzles)
         selection = select_block(
             self._blocks,
             image_norm_ratios(image_norms, jigsaw_norms),
-            seed=self._options.seed,
+            seed=options.seed,
         )
         column = self._blocks.index(selection.selected)
         return BlockChoice(selection, image_norms[:, column], jigsaw_norms[:, column])
 
     def held_out_scores(self, block: Block) -> HeldOut:
         """The score and predicted class of every threshold image, by ascending score."""
-        detector = self._detector(block, np.empty(0, dtype=np.float32), -np.inf)
         scores: list[NDArray[np.float32]] = []
         classes: list[NDArray[np.int64]] = []
-        for batch in self._batches("setting the threshold", self._held_out):
-            detections = detector.detect(batch.images)
-            scores.append(detections.scores)
-            classes.append(detections.logits.argmax(axis=1))
+        work = self._score_work(block, device=self._options.device)
+        for batch in self._pass("setting the threshold", self._held_out, work):
+            scores.append(batch.scores)
+            classes.append(batch.classes)
         joined = _joined(scores)
         order = np.argsort(joined, kind="stable")
         return HeldOut(joined[order], np.concatenate(classes)[order])
@@ -232,7 +361,9 @@ class _Run:
         if options.abstain_alpha is not None:
             abstain = self._fit_threshold(held_out, alpha=options.abstain_alpha)
         classes = self._class_thresholds(held_out) if options.has_class_thresholds else None
-        detector = self._detector(selection.selected, held_out.scores, threshold.value)
+        detector = self._score_work(selection.selected, device=self._device).detector(
+            held_out.scores, threshold.value
+        )
         data = CalibrationData(
             selection=self._selection.fingerprint(),
             threshold=self._held_out.fingerprint(),
@@ -298,29 +429,36 @@ class _Run:
             for index, threshold in own.items()
         )
 
-    def _detector(self, block: Block, scores: NDArray[np.float32], threshold: float) -> Detector:
-        return Detector(
+    def _score_work(self, block: Block, *, device: str) -> ScoreWork:
+        return ScoreWork(
             self.network,
-            block=block,
-            preprocessing=self._preprocessing,
+            block,
+            self._preprocessing,
             score=self._options.score,
-            threshold=threshold,
-            calibration_scores=scores,
             head=self._head,
+            device=device,
         )
 
-    def _batches(self, title: str, folder: ImageFolder) -> Iterator[Batch]:
-        """The readable images of each batch."""
-        options = self._options
-        batches = folder.batches(
-            self._preprocessing, batch_size=options.batch_size, max_pixels=options.max_pixels
+    def _pass(
+        self, title: str, images: ImageSet, work: Callable[[Batch], ResultT]
+    ) -> Iterator[ResultT]:
+        """What ``work`` makes of each batch; ``images`` learns what reading them told."""
+        options, total, done = self._options, len(images), 0
+        reading = Reading(
+            images.source, self._preprocessing, options.batch_size, options.max_pixels
         )
-        return tracked(batches, title=title, total=len(folder.files), progress=self._progress)
+        self._progress(title, done=done, total=total)
+        for result in self._place.run(reading, work, range(total)):
+            images.learn(result.findings)
+            yield result
+            done += len(result.findings.digests)
+            self._progress(title, done=done, total=total)
 
 
-def _image_folders(options: CalibrationOptions) -> tuple[ImageFolder, ImageFolder]:
-    selection, held_out = options.selection_images.resolve(), options.threshold_images.resolve()
-    if selection.is_relative_to(held_out) or held_out.is_relative_to(selection):
+def _image_sets(options: CalibrationOptions, place: Place) -> tuple[ImageSet, ImageSet]:
+    selection = _resolved(options.selection_images)
+    held_out = _resolved(options.threshold_images)
+    if _lies_in(selection, held_out) or _lies_in(held_out, selection):
         raise CalibrationError(
             f"selection images {options.selection_images} and threshold images "
             f"{options.threshold_images} are the same folder, or one lies in the other: the "
@@ -331,27 +469,38 @@ def _image_folders(options: CalibrationOptions) -> tuple[ImageFolder, ImageFolde
             f"abstain alpha is {options.abstain_alpha}; it must lie between alpha, "
             f"{options.alpha}, and 1"
         )
-    folders = (
-        ImageFolder.find(selection, max_images=options.max_images, seed=options.seed),
-        ImageFolder.find(held_out, max_images=options.max_images, seed=options.seed),
-    )
+    sets = _found(selection, options, place), _found(held_out, options, place)
     # Fails now rather than after the passes when there are too few images.
     threshold_rank(
-        len(folders[1].files),
+        len(sets[1]),
         alpha=options.alpha,
         guarantee=options.guarantee,
         delta=options.delta,
     )
-    return folders
+    return sets
 
 
-def _shared_images(selection: ImageFolder, held_out: ImageFolder) -> int:
-    # A file that could not be opened has an empty digest.
-    chosen_on = set(selection.digests) - {b""}
-    shared = sum(digest in chosen_on for digest in held_out.digests)
-    if shared > MAX_SHARED_SHARE * len(held_out.files):
+def _resolved(location: Path | str) -> str:
+    text = os.fspath(location)
+    return text.rstrip("/") if "://" in text else os.path.realpath(text)
+
+
+def _lies_in(inner: str, outer: str) -> bool:
+    return f"{inner}/".startswith(f"{outer.rstrip('/')}/")
+
+
+def _found(location: str, options: CalibrationOptions, place: Place) -> ImageSet:
+    source = find_images(
+        location, max_images=options.max_images, seed=options.seed, spread=place.spread()
+    )
+    return ImageSet(source)
+
+
+def _shared_images(selection: ImageSet, held_out: ImageSet) -> int:
+    shared = held_out.digests.shared_with(selection.digests)
+    if shared > MAX_SHARED_SHARE * len(held_out):
         raise CalibrationError(
-            f"{shared} of {len(held_out.files)} threshold images are also selection images, more "
+            f"{shared} of {len(held_out)} threshold images are also selection images, more "
             f"than {MAX_SHARED_SHARE:.0%}: the threshold needs images the classifier was not "
             "trained on, whose norms are smaller"
         )
@@ -380,9 +529,10 @@ def _columns(norms: dict[str, Tensor]) -> NDArray[np.float32]:
 
 
 def _joined(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    if not parts:
+    joined = np.concatenate(parts)
+    if not joined.size:
         raise CalibrationError("no image could be read")
-    return np.concatenate(parts)
+    return joined
 
 
 def _class_warnings(

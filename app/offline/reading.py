@@ -1,79 +1,237 @@
-"""Folders of images as a stream of batches, decoded in parallel with whatever consumes them."""
+"""Images as a stream of batches, decoded in parallel with whatever consumes them."""
 
 import hashlib
 import os
+from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from app.core.images import Preprocessing, load
 from app.errors import CalibrationError, ImageError
 from app.offline.progress import Progress
+from app.offline.sources import ImageSource, Reader, Spread, find_images
 from app.store import Fingerprint
 
-SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 MAX_UNREADABLE_SHARE: Final = 0.01
 _BATCHES_AHEAD: Final = 3
+_REMOTE_READERS: Final = 16
+"""Threads that wait for another machine's answers."""
+_DIGEST_SIZE: Final = hashlib.sha256().digest_size
 _NAMED: Final = 5
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class LoadedFile:
+    """A file's digest, and its image or why there is none."""
+
+    digest: bytes
+    image: Tensor | str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What reading some images told beside the images.
+
+    ``digests`` are empty where nothing could be read; ``reasons`` tell by position why there is no
+    image.
+    """
+
+    digests: Sequence[bytes]
+    reasons: Mapping[int, str]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one batch that could be read.
+    """Images that are one forward pass, wherever it is made.
 
-    ``indices`` are their positions in the sorted list of files; ``files`` counts the images of
-    the batch, the unreadable ones included.
+    ``positions`` are those in the source, the unreadable images' included.
     """
 
-    images: Tensor
-    indices: list[int]
-    files: int
+    positions: range
+    loaded: Sequence[LoadedFile]
+
+    @property
+    def files(self) -> int:
+        """How many images there are, the unreadable ones included."""
+        return len(self.positions)
+
+    @property
+    def indices(self) -> list[int]:
+        """The positions of the readable images."""
+        return [
+            position
+            for position, one in zip(self.positions, self.loaded, strict=True)
+            if isinstance(one.image, Tensor)
+        ]
+
+    @property
+    def images(self) -> Tensor:
+        """The readable images, ``[B, 3, crop, crop]`` uint8."""
+        images = [one.image for one in self.loaded if isinstance(one.image, Tensor)]
+        return torch.stack(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
+
+    @property
+    def findings(self) -> Findings:
+        """What reading it told."""
+        return Findings(
+            digests=[one.digest for one in self.loaded],
+            reasons={
+                position: one.image
+                for position, one in zip(self.positions, self.loaded, strict=True)
+                if isinstance(one.image, str)
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read.
+
+    Args:
+        source: the images.
+        preprocessing: what is done to each.
+        batch_size: images in a batch.
+        max_pixels: larger images count as unreadable.
+        threads: that read and decode; all cores by default, more where another machine answers.
+    """
+
+    source: ImageSource
+    preprocessing: Preprocessing
+    batch_size: int
+    max_pixels: int
+    threads: int | None = None
+
+    def batches(self, positions: range) -> Iterator[Batch]:
+        """Decoded batches in order, a few decoded ahead of the one in use.
+
+        What a batch holds depends on ``positions.start`` and the batch size, so on nothing else
+        do the last digits of what a network makes of it.
+        """
+        read = self.source.reader()
+        pool = ThreadPoolExecutor(self._threads(), thread_name_prefix="decode")
+        try:
+            pending: deque[tuple[range, list[Future[LoadedFile]]]] = deque()
+            for batch in in_batches(positions, self.batch_size):
+                jobs = [pool.submit(self._load, read, position) for position in batch]
+                pending.append((batch, jobs))
+                if len(pending) > _BATCHES_AHEAD:
+                    yield _collected(*pending.popleft())
+            while pending:
+                yield _collected(*pending.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _threads(self) -> int:
+        threads = self.threads or os.cpu_count() or 1
+        return max(threads, _REMOTE_READERS) if self.source.is_remote else threads
+
+    def _load(self, read: Reader, position: int) -> LoadedFile:
+        """An image and its digest; what is wrong with it becomes the reason, not an error."""
+        try:
+            data = read(position)
+        except OSError as error:
+            return LoadedFile(b"", error.strerror or type(error).__name__)
+        digest = hashlib.sha256(data).digest()
+        try:
+            return LoadedFile(digest, load(data, self.preprocessing, max_pixels=self.max_pixels))
+        except ImageError as error:
+            return LoadedFile(digest, str(error))
+
+
+class Place(Protocol):
+    """Where the work on many images is done."""
+
+    def spread(self) -> Spread:
+        """What does small jobs."""
+
+    def device(self, wanted: str) -> str:
+        """Where this process should keep its network, when batches run on ``wanted``."""
+
+    def run(
+        self, reading: Reading, work: Callable[[Batch], ResultT], positions: range
+    ) -> Iterator[ResultT]:
+        """The result of each batch, in order."""
+
+
+class ThisMachine:
+    """All of it here, one batch after the other."""
+
+    def spread(self) -> Spread:
+        """In turn."""
+        return map
+
+    def device(self, wanted: str) -> str:
+        """The device itself."""
+        return wanted
+
+    def run(
+        self, reading: Reading, work: Callable[[Batch], ResultT], positions: range
+    ) -> Iterator[ResultT]:
+        """The result of each batch, while the next ones are decoded."""
+        for batch in reading.batches(positions):
+            yield work(batch)
+
+
+class Digests:
+    """The sha256 of many images, 32 bytes each; none of those that could not be read."""
+
+    def __init__(self) -> None:
+        self._joined = bytearray()
+        self._absent = array("q")
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Each digest, empty where there is none."""
+        absent, start = iter([*self._absent, self._count]), 0
+        next_absent = next(absent)
+        for position in range(self._count):
+            if position == next_absent:
+                next_absent = next(absent)
+                yield b""
+                continue
+            yield bytes(self._joined[start : start + _DIGEST_SIZE])
+            start += _DIGEST_SIZE
+
+    def extend(self, digests: Iterable[bytes]) -> None:
+        """Add some, in order."""
+        for digest in digests:
+            if not digest:
+                self._absent.append(self._count)
+            self._joined += digest
+            self._count += 1
+
+    def shared_with(self, others: "Digests") -> int:
+        """How many of these are also among the others; repeats count each time."""
+        return int(np.isin(self._array(), others._array()).sum())
+
+    def _array(self) -> NDArray[np.bytes_]:
+        return np.frombuffer(bytes(self._joined), dtype=f"S{_DIGEST_SIZE}")
 
 
 @dataclass
-class ImageFolder:
-    """The images below a folder, in a fixed order, and what was learned by reading them.
+class ImageSet:
+    """Images in a fixed order, and what was learned by reading them."""
 
-    Args:
-        folder: searched recursively; class folders are allowed, not needed.
-        files: the images in it, sorted by their path.
-    """
-
-    folder: Path
-    files: Sequence[Path]
-    digests: list[bytes] = field(default_factory=list)
+    source: ImageSource
+    digests: Digests = field(default_factory=Digests)
     unreadable: list[str] = field(default_factory=list)
 
-    @classmethod
-    def find(cls, folder: Path, *, max_images: int | None = None, seed: int = 0) -> "ImageFolder":
-        """The images below ``folder``, or a seeded random draw of ``max_images`` of them.
-
-        Raises:
-            CalibrationError: the folder does not exist, or holds no image.
-        """
-        if not folder.is_dir():
-            raise CalibrationError(f"{folder} is not a folder")
-        files = sorted(
-            Path(parent, name)
-            for parent, _, names in os.walk(folder, followlinks=True)
-            for name in names
-            if Path(name).suffix.lower() in SUFFIXES
-        )
-        if not files:
-            raise CalibrationError(
-                f"{folder} holds no image with a suffix of {', '.join(sorted(SUFFIXES))}"
-            )
-        if max_images is not None and max_images < len(files):
-            generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randperm(len(files), generator=generator)[:max_images]
-            files = [files[i] for i in sorted(chosen.tolist())]
-        return cls(folder, files)
+    def __len__(self) -> int:
+        return len(self.source)
 
     def batches(
         self, preprocessing: Preprocessing, *, batch_size: int, max_pixels: int
@@ -86,62 +244,70 @@ class ImageFolder:
         Raises:
             CalibrationError: more than 1 % of the files are unreadable; the message names some.
         """
-        self.digests, self.unreadable = [], []
-        chunks = (
-            range(start, min(start + batch_size, len(self.files)))
-            for start in range(0, len(self.files), batch_size)
-        )
-        pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
-        try:
-            pending: deque[tuple[range, list[Future[LoadedFile]]]] = deque()
-            for chunk in chunks:
-                jobs = [
-                    pool.submit(load_file, self.files[i], preprocessing, max_pixels) for i in chunk
-                ]
-                pending.append((chunk, jobs))
-                if len(pending) > _BATCHES_AHEAD:
-                    yield self._collect(*pending.popleft())
-            while pending:
-                yield self._collect(*pending.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
+        self.digests, self.unreadable = Digests(), []
+        reading = Reading(self.source, preprocessing, batch_size, max_pixels)
+        for batch in reading.batches(range(len(self))):
+            self.learn(batch.findings)
+            yield batch
+
+    def learn(self, findings: Findings) -> None:
+        """Remember what the next images told.
+
+        Raises:
+            CalibrationError: more than 1 % of all are unreadable; the message names some.
+        """
+        self.digests.extend(findings.digests)
+        for position, reason in findings.reasons.items():
+            self._refuse(position, reason)
 
     def fingerprint(self) -> Fingerprint:
-        """What was read, once :meth:`batches` has run to its end."""
+        """What was read, once all of it was."""
         summary = hashlib.sha256()
-        for file, digest in zip(self.files, self.digests, strict=True):
-            summary.update(self._name(file).encode() + b"\0" + digest)
+        for position, digest in zip(range(len(self)), self.digests, strict=True):
+            summary.update(os.fsencode(self.source.name(position)) + b"\0" + digest)
         return Fingerprint(
-            count=len(self.files) - len(self.unreadable),
+            count=len(self) - len(self.unreadable),
             sha256=summary.hexdigest(),
             unreadable=tuple(self.unreadable),
         )
 
-    def _name(self, file: Path) -> str:
-        return file.relative_to(self.folder).as_posix()
-
-    def _collect(self, chunk: range, jobs: Sequence["Future[LoadedFile]"]) -> Batch:
-        images, indices = [], []
-        for index, job in zip(chunk, jobs, strict=True):
-            loaded = job.result()
-            self.digests.append(loaded.digest)
-            if isinstance(loaded.image, Tensor):
-                images.append(loaded.image)
-                indices.append(index)
-            else:
-                self._refuse(self.files[index], loaded.image)
-        size = (0, 3, 0, 0)
-        stacked = torch.stack(images) if images else torch.empty(size, dtype=torch.uint8)
-        return Batch(images=stacked, indices=indices, files=len(chunk))
-
-    def _refuse(self, file: Path, reason: str) -> None:
-        self.unreadable.append(f"{self._name(file)}: {reason}")
-        if len(self.unreadable) > MAX_UNREADABLE_SHARE * len(self.files):
+    def _refuse(self, position: int, reason: str) -> None:
+        self.unreadable.append(f"{self.source.name(position)}: {reason}")
+        if len(self.unreadable) > MAX_UNREADABLE_SHARE * len(self):
             named = "; ".join(self.unreadable[:_NAMED])
             raise CalibrationError(
-                f"{len(self.unreadable)} of {len(self.files)} images in {self.folder} are "
+                f"{len(self.unreadable)} of {len(self)} images in {self.source.root} are "
                 f"unreadable, more than {MAX_UNREADABLE_SHARE:.0%}: {named}"
             )
+
+
+class ImageFolder(ImageSet):
+    """The images below a folder of this machine."""
+
+    @classmethod
+    def find(cls, folder: Path, *, max_images: int | None = None, seed: int = 0) -> "ImageFolder":
+        """The images below ``folder``, or a seeded random draw of ``max_images`` of them.
+
+        Raises:
+            CalibrationError: the folder does not exist, or holds no image.
+        """
+        return cls(find_images(folder, max_images=max_images, seed=seed))
+
+    @property
+    def folder(self) -> Path:
+        """Searched recursively; class folders are allowed, not needed."""
+        return Path(self.source.root)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Of each image the path; in a shard, as if the shard were a folder."""
+        return [Path(self.source.where(position)) for position in range(len(self))]
+
+
+def in_batches(positions: range, batch_size: int) -> Iterator[range]:
+    """Slices of the positions; the last one may be shorter."""
+    for start in range(positions.start, positions.stop, batch_size):
+        yield range(start, min(start + batch_size, positions.stop))
 
 
 def tracked(
@@ -157,22 +323,5 @@ def tracked(
         progress(title, done=done, total=total)
 
 
-@dataclass(frozen=True)
-class LoadedFile:
-    """A file's digest, and its image or why there is none."""
-
-    digest: bytes
-    image: Tensor | str
-
-
-def load_file(file: Path, preprocessing: Preprocessing, max_pixels: int) -> LoadedFile:
-    """A file's image and digest; what is wrong with it becomes the reason, not an error."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        return LoadedFile(b"", error.strerror or type(error).__name__)
-    digest = hashlib.sha256(data).digest()
-    try:
-        return LoadedFile(digest, load(data, preprocessing, max_pixels=max_pixels))
-    except ImageError as error:
-        return LoadedFile(digest, str(error))
+def _collected(positions: range, jobs: Sequence[Future[LoadedFile]]) -> Batch:
+    return Batch(positions, [job.result() for job in jobs])

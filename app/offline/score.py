@@ -1,4 +1,4 @@
-"""Bulk scoring: the verdict on every file of a folder, a glob or a list, into one table.
+"""Bulk scoring: the verdict on every image of a folder, a glob, a list or shards, into one table.
 
 Rows go to a journal beside the output, a JSON line each, batch by batch. Once every file has its
 row the journal becomes the table. An interrupted run leaves the journal; the same command reads it
@@ -7,20 +7,18 @@ and goes on behind its last whole row.
 
 import csv
 import glob
-import importlib
 import itertools
 import json
 import math
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from scipy.special import softmax
 from torch import Tensor
 
@@ -28,7 +26,20 @@ from app.core.detector import Detector
 from app.core.images import DEFAULT_MAX_PIXELS
 from app.errors import CalibrationError, NormGateError
 from app.offline.progress import Progress
-from app.offline.reading import SUFFIXES, LoadedFile, load_file
+from app.offline.reading import Batch, Place, Reading, ThisMachine
+from app.offline.sources import (
+    PARQUET_SUFFIX,
+    SHARD_SUFFIX,
+    SUFFIXES,
+    Files,
+    ImageSource,
+    Names,
+    Spread,
+    find_images,
+    parquet_files_of,
+    pyarrow,
+    shards_of,
+)
 from app.store import Bundle, LoadedBundle
 
 Row = Mapping[str, Any]
@@ -46,8 +57,7 @@ COLUMNS: Final = {
 }
 """The table's columns and their Arrow types; ``error`` says why the others are empty."""
 
-FORMATS: Final = (".parquet", ".csv", ".jsonl")
-_BATCHES_AHEAD: Final = 3
+FORMATS: Final = (PARQUET_SUFFIX, ".csv", ".jsonl")
 _ROWS_AT_ONCE: Final = 10_000
 
 
@@ -73,11 +83,37 @@ def find_files(source: str, *, lines: Iterable[str] = ()) -> list[Path]:
     """
     files = list(_named(source, lines))
     if not files:
-        raise CalibrationError(
-            f"{source} names no image: it must be a folder with images, a file, a glob that "
-            "matches, or - with one name a line on standard input"
-        )
+        raise _nothing_found(source)
     return files
+
+
+def find_source(location: str, *, lines: Iterable[str] = (), spread: Spread = map) -> ImageSource:
+    """The images that a location names: as :func:`find_files`, or in shards, or at a URL.
+
+    Args:
+        location: what :func:`find_files` takes, where tar shards or Parquet files are the images
+            in them; or what :func:`app.offline.sources.find_images` takes.
+        lines: standard input, for ``-``.
+        spread: looks into the shards.
+
+    Raises:
+        CalibrationError: nothing is found.
+        NormGateError: what is found cannot be read.
+    """
+    if "://" in location:
+        return find_images(location, spread=spread)
+    names = Names(str(file) for file in _named(location, lines))
+    if not names:
+        if Path(location).is_dir():
+            return find_images(Path(location), spread=spread)
+        raise _nothing_found(location)
+    for suffix, make in ((SHARD_SUFFIX, shards_of), (PARQUET_SUFFIX, parquet_files_of)):
+        if all(name.lower().endswith(suffix) for name in names):
+            source: ImageSource = make("", list(names), spread=spread)
+            if not source:
+                raise _nothing_found(location)
+            return source
+    return Files("", names)
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
@@ -89,8 +125,8 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     """
     if out.suffix not in FORMATS:
         raise NormGateError(f"{out} must end in one of {', '.join(FORMATS)}")
-    if out.suffix == ".parquet":
-        _pyarrow()
+    if out.suffix == PARQUET_SUFFIX:
+        pyarrow()
     if not out.parent.is_dir():
         raise NormGateError(f"{out.parent} is not a folder")
     if out.exists() and not overwrite:
@@ -99,7 +135,7 @@ def check_output(out: Path, *, overwrite: bool) -> None:
 
 def score_files(
     loaded: LoadedBundle,
-    files: Sequence[Path],
+    files: Sequence[Path] | ImageSource,
     out: Path,
     *,
     progress: Progress,
@@ -107,46 +143,119 @@ def score_files(
     batch_size: int = 64,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     device: str = "cpu",
+    place: Place | None = None,
 ) -> ScoreSummary:
-    """Score the files and write one row each, in their order.
+    """Score the images and write one row each, in their order.
 
     Memory is bounded by a few batches of decoded images, beside the names.
 
     Args:
         loaded: the bundle.
-        files: from :func:`find_files`.
+        files: from :func:`find_files` or :func:`find_source`.
         out: ``.parquet``, ``.csv`` or ``.jsonl``; it appears when it is complete.
         progress: told how far it is.
         overwrite: replace ``out``, and begin anew where a run was interrupted.
         batch_size: images in one forward pass.
         max_pixels: larger images get an error instead of a verdict.
         device: where the network runs.
+        place: does the work; this machine by default. It changes no row.
 
     Raises:
         NormGateError: the output cannot be written, or the interrupted run was another one.
         BundleError: the network cannot be built.
     """
     check_output(out, overwrite=overwrite)
+    source = files
+    if not isinstance(source, ImageSource):
+        source = Files("", Names(str(file) for file in source))
+    reading = Reading(source, loaded.bundle.preprocessing, batch_size, max_pixels)
+    work = RowWork(loaded, source, device)
     journal = out.with_name(f"{out.name}.partial")
-    detector = loaded.detector(device=device)
     try:
         if overwrite:
             journal.unlink(missing_ok=True)
-        done = _resume(journal, loaded.bundle, files)
+        done = _resume(journal, loaded.bundle, source)
         with journal.open("a", encoding="utf-8") as opened:
             count = done
-            progress("scoring", done=count, total=len(files))
-            for rows in _batches(detector, loaded.bundle, files[done:], batch_size, max_pixels):
-                opened.writelines(json.dumps(row) + "\n" for row in rows)
+            progress("scoring", done=count, total=len(source))
+            positions = range(done, len(source))
+            for rows in (place or ThisMachine()).run(reading, work, positions):
+                opened.writelines(rows)
                 opened.flush()
                 count += len(rows)
-                progress("scoring", done=count, total=len(files))
+                progress("scoring", done=count, total=len(source))
         summary = _summary(journal, resumed=done)
         _write_table(journal, out)
         journal.unlink()
     except OSError as error:
         raise NormGateError(f"{out} cannot be written: {error}") from error
     return summary
+
+
+@dataclass(frozen=True)
+class RowWork:
+    """What scoring does with a batch.
+
+    Args:
+        loaded: the bundle.
+        source: names the images.
+        device: where the network runs.
+    """
+
+    loaded: LoadedBundle
+    source: ImageSource
+    device: str
+
+    def __call__(self, batch: Batch) -> list[str]:
+        """A line of the journal for each image."""
+        scored = iter(self._scored(batch.images) if batch.indices else [])
+        return [
+            json.dumps(
+                dict.fromkeys(COLUMNS)
+                | {"file": _text(self.source.where(position))}
+                | (next(scored) if isinstance(one.image, Tensor) else {"error": one.image})
+            )
+            + "\n"
+            for position, one in zip(batch.positions, batch.loaded, strict=True)
+        ]
+
+    @cached_property
+    def _detector(self) -> Detector:
+        return self.loaded.detector(device=self.device)
+
+    def _scored(self, images: Tensor) -> Iterator[dict[str, Any]]:
+        detections = self._detector.detect(images)
+        probabilities = softmax(detections.logits.astype(np.float64), axis=1)
+        columns = zip(
+            detections.verdicts,
+            detections.scores.tolist(),
+            detections.thresholds.tolist(),
+            detections.p_values.tolist(),
+            detections.feature_norms.tolist(),
+            probabilities.argmax(axis=1).tolist(),
+            probabilities.max(axis=1).tolist(),
+            strict=True,
+        )
+        for verdict, score, threshold, p_value, norm, index, probability in columns:
+            if not math.isfinite(score):
+                yield {"error": f"the score is {score}"}
+                continue
+            yield {
+                "verdict": verdict,
+                "score": score,
+                "threshold": threshold,
+                "p_value": p_value,
+                "feature_norm": norm,
+                "label": self.loaded.bundle.labels[index],
+                "probability": probability,
+            }
+
+
+def _nothing_found(location: str) -> CalibrationError:
+    return CalibrationError(
+        f"{location} names no image: it must be a folder with images, a file, a glob that "
+        "matches, or - with one name a line on standard input"
+    )
 
 
 def _named(source: str, lines: Iterable[str]) -> Iterator[Path]:
@@ -167,7 +276,7 @@ def _named(source: str, lines: Iterable[str]) -> Iterator[Path]:
         yield from (path for path in map(Path, found) if path.is_file())
 
 
-def _text(file: Path) -> str:
+def _text(file: str) -> str:
     """The name as text that every format can hold, whatever bytes the file system has."""
     return os.fsencode(file).decode("utf-8", "backslashreplace")
 
@@ -180,7 +289,7 @@ def _header(bundle: Bundle) -> Row:
     }
 
 
-def _resume(journal: Path, bundle: Bundle, files: Sequence[Path]) -> int:
+def _resume(journal: Path, bundle: Bundle, source: ImageSource) -> int:
     """How many files have a row; a torn last line is cut off, a new journal begun."""
     header = json.dumps(_header(bundle)) + "\n"
     if not journal.exists():
@@ -196,7 +305,7 @@ def _resume(journal: Path, bundle: Bundle, files: Sequence[Path]) -> int:
                     f"{journal} was begun with another bundle; --overwrite begins anew"
                 )
             if place > 0 and (
-                place > len(files) or json.loads(line)["file"] != _text(files[place - 1])
+                place > len(source) or json.loads(line)["file"] != _text(source.where(place - 1))
             ):
                 raise NormGateError(
                     f"{journal} was begun with other files: its row {place} is not the file "
@@ -208,76 +317,6 @@ def _resume(journal: Path, bundle: Bundle, files: Sequence[Path]) -> int:
         if whole == 0:
             opened.write(header.encode())
     return max(done, 0)
-
-
-def _batches(
-    detector: Detector,
-    bundle: Bundle,
-    files: Sequence[Path],
-    batch_size: int,
-    max_pixels: int,
-) -> Iterator[list[Row]]:
-    """The rows of each batch, with a few batches decoded ahead."""
-    chunks = (files[start : start + batch_size] for start in range(0, len(files), batch_size))
-    pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
-    try:
-        pending: deque[tuple[Sequence[Path], list[Future[LoadedFile]]]] = deque()
-        for chunk in chunks:
-            jobs = [
-                pool.submit(load_file, file, bundle.preprocessing, max_pixels) for file in chunk
-            ]
-            pending.append((chunk, jobs))
-            if len(pending) > _BATCHES_AHEAD:
-                yield _rows(detector, bundle, *pending.popleft())
-        while pending:
-            yield _rows(detector, bundle, *pending.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _rows(
-    detector: Detector,
-    bundle: Bundle,
-    files: Sequence[Path],
-    jobs: Sequence[Future[LoadedFile]],
-) -> list[Row]:
-    images = [job.result().image for job in jobs]
-    readable = [image for image in images if isinstance(image, Tensor)]
-    scored = iter(_scored(detector, bundle, torch.stack(readable)) if readable else [])
-    return [
-        dict.fromkeys(COLUMNS)
-        | {"file": _text(file)}
-        | (next(scored) if isinstance(image, Tensor) else {"error": image})
-        for file, image in zip(files, images, strict=True)
-    ]
-
-
-def _scored(detector: Detector, bundle: Bundle, images: Tensor) -> Iterator[dict[str, Any]]:
-    detections = detector.detect(images)
-    probabilities = softmax(detections.logits.astype(np.float64), axis=1)
-    columns = zip(
-        detections.verdicts,
-        detections.scores.tolist(),
-        detections.thresholds.tolist(),
-        detections.p_values.tolist(),
-        detections.feature_norms.tolist(),
-        probabilities.argmax(axis=1).tolist(),
-        probabilities.max(axis=1).tolist(),
-        strict=True,
-    )
-    for verdict, score, threshold, p_value, norm, index, probability in columns:
-        if not math.isfinite(score):
-            yield {"error": f"the score is {score}"}
-            continue
-        yield {
-            "verdict": verdict,
-            "score": score,
-            "threshold": threshold,
-            "p_value": p_value,
-            "feature_norm": norm,
-            "label": bundle.labels[index],
-            "probability": probability,
-        }
 
 
 def _journalled(journal: Path) -> Iterator[dict[str, Any]]:
@@ -296,7 +335,7 @@ def _write_table(journal: Path, out: Path) -> None:
     """The journal's rows in the output's format, whole or not at all."""
     unfinished = out.with_name(f"{out.name}.unfinished")
     rows = _journalled(journal)
-    if out.suffix == ".parquet":
+    if out.suffix == PARQUET_SUFFIX:
         _write_parquet(rows, unfinished)
     else:
         with unfinished.open("w", encoding="utf-8", newline="") as opened:
@@ -310,17 +349,8 @@ def _write_table(journal: Path, out: Path) -> None:
 
 
 def _write_parquet(rows: Iterator[dict[str, Any]], file: Path) -> None:
-    arrow, parquet = _pyarrow()
+    arrow = pyarrow()
     schema = arrow.schema([(name, kind) for name, kind in COLUMNS.items()])
-    with parquet.ParquetWriter(file, schema) as writer:
+    with arrow.parquet.ParquetWriter(file, schema) as writer:
         while some := list(itertools.islice(rows, _ROWS_AT_ONCE)):
             writer.write_table(arrow.Table.from_pylist(some, schema=schema))
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise NormGateError(
-            "a .parquet output needs pyarrow: pip install 'normgate[parquet]'"
-        ) from error
