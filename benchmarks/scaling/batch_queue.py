@@ -3,12 +3,13 @@
 Requests arrive as a Poisson process and a server that is free takes all that wait, at most
 ``batch_limit``, as NormGate's workers do (``NORMGATE_MAX_WAIT_MS`` of 0, the default: a free one
 never waits for company). A batch of ``n`` takes ``a + b * n`` seconds, times a factor drawn anew
-for each. With ``batch_limit`` 1 this is M/G/1. Beyond it there is no closed form for the quantiles
+for each; one that finds the server at rest takes ``waking_s`` more. With ``batch_limit`` 1 this is
+M/G/1, with Welch's exceptional first service. Beyond it there is no closed form for the quantiles
 of the time in the system, so they come from the chain embedded at the ends of batches, solved
 numerically: exact but for the cut of the state space and the grid of arrival moments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -39,6 +40,7 @@ class BatchTime:
         batch_limit: most images in a batch.
         factors: multiples of ``a + b * n``, of mean 1.
         shares: how likely each is; their sum is 1.
+        waking_s: more for a batch that finds the server at rest, whose caches are others' by then.
     """
 
     a: float
@@ -46,6 +48,7 @@ class BatchTime:
     batch_limit: int
     factors: tuple[float, ...] = (1.0,)
     shares: tuple[float, ...] = (1.0,)
+    waking_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what no server is.
@@ -63,8 +66,13 @@ class BatchTime:
             raise ValueError(f"shares must be positive and of sum 1, got {self.shares}")
 
     def seconds(self, images: int) -> float:
-        """Mean of a batch of so many."""
+        """Mean of a batch of so many, at work."""
         return self.a + self.b * images
+
+    @property
+    def lone_s(self) -> float:
+        """Mean of a batch of one that finds the server at rest."""
+        return self.seconds(1) + self.waking_s
 
     @property
     def capacity(self) -> float:
@@ -155,8 +163,9 @@ class BatchQueue:
     @cached_property
     def busy(self) -> float:
         """Share of the time in which a batch runs."""
-        seconds = self._time.a + self._time.b * self.mean_batch
-        return seconds / (seconds + float(self.waiting[0]) / self._rate)
+        rests = float(self.waiting[0])
+        seconds = self._time.a + self._time.b * self.mean_batch + self._time.waking_s * rests
+        return seconds / (seconds + rests / self._rate)
 
     @cached_property
     def latency(self) -> Latency:
@@ -175,19 +184,23 @@ class BatchQueue:
     def _stationary(self, states: int) -> Array:
         matrix = np.zeros((states, states))
         sizes = self._sizes(states)
-        arrived = {int(size): self._arrivals(int(size), states) for size in np.unique(sizes)}
-        for waiting, size in enumerate(sizes):
-            left = max(waiting, 1) - size
-            row = arrived[int(size)][: states - left]
-            matrix[waiting, left:] = row
-            matrix[waiting, -1] += max(0.0, 1 - row.sum())
+        matrix[0] = self._arrivals(self._time.lone_s, states)
+        arrived = {
+            size: self._arrivals(self._time.seconds(size), states)
+            for size in range(1, self._time.batch_limit + 1)
+        }
+        for waiting in range(1, states):
+            left = waiting - sizes[waiting]
+            matrix[waiting, left:] = arrived[int(sizes[waiting])][: states - left]
+        # What would lie beyond the last state counts in it.
+        matrix[:, -1] += np.clip(1 - matrix.sum(axis=1), 0, None)
         equations = np.vstack([matrix.T[:-1] - np.eye(states)[:-1], np.ones(states)])
         found: Array = np.linalg.solve(equations, np.eye(states)[-1])
         return np.clip(found, 0, None)
 
-    def _arrivals(self, size: int, states: int) -> Array:
-        """Probability of each number of arrivals while a batch of ``size`` runs."""
-        means = self._rate * self._time.seconds(size) * np.asarray(self._time.factors)
+    def _arrivals(self, seconds: float, states: int) -> Array:
+        """Probability of each number of arrivals while a batch of this mean time runs."""
+        means = self._rate * seconds * np.asarray(self._time.factors)
         found: Array = self._time.shares @ poisson.pmf(np.arange(states), means[:, None])
         return found
 
@@ -195,29 +208,28 @@ class BatchQueue:
         """Of all arrivals, each weighed by how many there are of it between two ends of batches."""
         times = _Times(self._time)
         # Those that find the server free: one for each time that it becomes so.
-        lone = self._time.seconds(1) * np.asarray(self._time.factors) * includes_service
+        lone = self._time.lone_s * np.asarray(self._time.factors) * includes_service
         times.add(lone, self.waiting[0] * np.asarray(self._time.shares))
-        for size, left_shares in self._left().items():
+        for batch_s, left_shares in self._batches():
             if left_shares.sum() > _CUT / self._time.batch_limit:
-                self._during(times, size, left_shares, includes_service)
+                self._during(times, batch_s, left_shares, includes_service)
         return times.latency()
 
-    def _left(self) -> dict[int, Array]:
-        """By the size of a batch, the probability of it and of each number left behind."""
+    def _batches(self) -> Iterator[tuple[float, Array]]:
+        """The mean time of each kind of batch, with its probability by the number left behind."""
         limit, waiting = self._time.batch_limit, self.waiting
-        found = {size: waiting[size : size + 1].copy() for size in range(1, limit)}
-        found[limit] = waiting[limit:].copy()
-        # After none waited, the first to arrive goes alone.
-        found[1][0] += waiting[0]
-        return found
+        yield self._time.lone_s, waiting[:1]
+        for size in range(1, limit):
+            yield self._time.seconds(size), waiting[size : size + 1]
+        yield self._time.seconds(limit), waiting[limit:]
 
     def _during(
-        self, times: "_Times", size: int, left_shares: Array, includes_service: bool
+        self, times: "_Times", batch_s: float, left_shares: Array, includes_service: bool
     ) -> None:
-        """Add those that arrive while a batch of ``size`` runs."""
+        """Add those that arrive while a batch of this mean time runs."""
         of_factor = zip(self._time.factors, self._time.shares, strict=True)
         for factor, factor_share in of_factor:
-            total = self._time.seconds(size) * factor
+            total = batch_s * factor
             weight = factor_share * self._rate * total / _MOMENTS
             for moment in (np.arange(_MOMENTS) + 0.5) / _MOMENTS * total:
                 ahead = np.convolve(left_shares, _likely(self._rate * moment))

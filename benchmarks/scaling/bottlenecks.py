@@ -32,8 +32,8 @@ LINK_BYTES: Final = 10e9 / 8
 """A second of a link of 10 Gbit/s, of one balancer or one store."""
 SERIES: Final = 2_000_000
 """That one Prometheus holds with some 8 GiB; an assumption."""
-STORE_REQUESTS: Final = 3_500
-"""A second that S3 promises for the dearest kind on one prefix."""
+STORE_REQUESTS: Final = 5_500
+"""Reads a second that S3 publishes for one prefix."""
 NGINX_CONNECTIONS: Final = 4_096
 """worker_connections of deploy/nginx/replicas.conf; a request in flight takes two."""
 FALSE_ALARMS: Final = 1.0
@@ -42,8 +42,6 @@ ROLLOUT_S: Final = 3_600.0
 """In which a release should be out."""
 _MIN_READY_S: Final = 5.0
 _PROBE_S: Final = 5.0
-_END_S: Final = 20.0
-"""preStop and grace, which a pod that leaves takes at least."""
 _DRIFT_BOUND: Final = 0.01
 """NORMGATE_DRIFT_FALSE_ALARM_BOUND, of each replica."""
 _SCALED_OBJECT: Final = ROOT / "deploy/kubernetes/components/autoscaling/scaledobject.yaml"

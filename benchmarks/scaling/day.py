@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.scaling.autoscaler import Policy
 from benchmarks.scaling.events import Rules
 from benchmarks.scaling.fleet import Curves, Day, Loss, Plan, simulate
-from benchmarks.scaling.replica import Closed, batch_time, read, refusal_s
+from benchmarks.scaling.replica import DEADLINE_S, Closed, batch_time, read, refusal_s
 from benchmarks.server import ROOT
 
 RESULT: Final = ROOT / "build" / "bench" / "day.json"
@@ -121,7 +121,7 @@ def replica(file: Path) -> tuple[Curves, Rules]:
     result = read(file)
     full = Closed(**result["closed"][-1])
     curves = Curves(batch_time(result), forward_share=min(1.0, full.forward_s / full.batch_s))
-    return curves, Rules(refusal_s=refusal_s(result))
+    return curves, Rules(deadline_s=DEADLINE_S, refusal_s=refusal_s(result))
 
 
 def plan(case: Case, capacity: float) -> Plan:

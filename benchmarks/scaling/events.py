@@ -112,14 +112,16 @@ class Replica:
 
     def _serve(self) -> Events:
         while True:
-            if not self._queue:
+            rested = not self._queue
+            if rested:
                 yield self._came
             yield from self._wait_for_company()
             count = min(len(self._queue), self._time.batch_limit)
             batch = [self._queue.popleft() for _ in range(count)]
             self.waits_s += [self._env.now - one.arrived for one in batch]
             factor = self._generator.choice(self._time.factors, p=self._time.shares)
-            yield self._env.timeout(self._time.seconds(count) * factor)
+            seconds = self._time.seconds(count) + rested * self._time.waking_s
+            yield self._env.timeout(seconds * factor)
             # The core that refuses does not compute meanwhile.
             while self._debt_s:
                 debt_s, self._debt_s = self._debt_s, 0.0

@@ -4,9 +4,11 @@ The server has one core and the load generator another, so that neither slows th
 replica of one core, on which HTTP, decoding and the network take turns. Closed loops of more and
 more clients keep that core busy with larger and larger batches; the line through their mean times
 is the model's ``a + b * n``, and how much a lone request's time varies its spread. Then requests
-arrive as a Poisson process at shares of the capacity, and the model must tell their p50 and p99,
-which it has not seen. Last, a server with all cores, and one that is asked for three times more
-than it can do, which tells what a refusal costs.
+arrive as a Poisson process. At a twentieth of the capacity nearly all find the server at rest: how
+much longer they take than a lone client's is the model's ``waking_s``. At the other loads the model
+must tell p50 and p99, which it has not seen. Last, a server with all cores, the load generator
+among them. Either is also asked for three times more than it can do, which tells what a refusal
+costs.
 
 Writes ``build/bench/replica.json``.
 """
@@ -38,7 +40,10 @@ from benchmarks.server import ROOT, Server, serving
 
 RESULT: Final = ROOT / "build" / "bench" / "replica.json"
 CLIENTS: Final = (1, 2, 4, 8, 16, 32, 64)
-LOADS: Final = (0.3, 0.5, 0.7, 0.85)
+LOADS: Final = (0.05, 0.3, 0.5, 0.7, 0.85)
+"""Of the capacity; the first tells how much slower a server at rest is, the others are foretold."""
+DEADLINE_S: Final = 2.0
+"""NORMGATE_DEADLINE_MS: a queue longer than half of it is refused."""
 OVERLOAD: Final = 3
 BATCH_LIMIT: Final = 32
 """NORMGATE_MAX_BATCH_SIZE."""
@@ -94,7 +99,7 @@ class Overload:
     goodput: float
     refused: float
     statuses: dict[int, int]
-    peak_wait_ms: float
+    p99_ms: float
 
     def refusal_s(self, capacity: float) -> float:
         """Seconds of the core that a refusal takes, from what the answers lost by them."""
@@ -201,16 +206,24 @@ def overload(
         goodput=goodput(answers, is_good=lambda answer: answer.status == 200, seconds=seconds),
         refused=refused,
         statuses=dict(Counter(answer.status for answer in answers)),
-        peak_wait_ms=percentile_ms(good, 99),
+        p99_ms=percentile_ms(good, 99),
     )
 
 
-def fit(loops: Sequence[Closed]) -> BatchTime:
-    """The model's batch time, from the closed loops alone."""
+def fit(loops: Sequence[Closed], at_rest: Open) -> BatchTime:
+    """The model's batch time, from closed loops and from requests that find nobody."""
     sizes = [loop.mean_batch for loop in loops]
     a, b = fit_line(sizes, [loop.batch_s for loop in loops])
     times = np.concatenate([loop.times_s for loop in loops])
-    return BatchTime(a, b, BATCH_LIMIT, factors=spread(times.tolist()), shares=_SHARES)
+    waking_s = statistics.mean(at_rest.p50_ms) / 1000 - float(np.median(times))
+    return BatchTime(
+        a,
+        b,
+        BATCH_LIMIT,
+        factors=spread(times.tolist()),
+        shares=_SHARES,
+        waking_s=max(0.0, waking_s),
+    )
 
 
 def spread(seconds: Sequence[float]) -> tuple[float, ...]:
@@ -222,20 +235,24 @@ def spread(seconds: Sequence[float]) -> tuple[float, ...]:
 
 def measure(case: Case, *, seconds: float) -> dict[str, Any]:
     """All figures of a replica."""
+    # The first one warms the disk.
     ready = [ready_s() for _ in range(3)]
     cores = sorted(os.sched_getaffinity(0))
     flags = ["--model-store", str(case.store), "--shutdown-grace-s", "0"]
     flags += ["--access-log-sample", "0", "--max-batch-size", str(BATCH_LIMIT)]
+    flags += ["--deadline-ms", str(1000 * DEADLINE_S)]
     with serving(flags, cores=cores[:1]) as server, generator_on(cores[-1]):
         found = _on_one_core(server, case, seconds=seconds)
     with serving(flags) as server:
         requests = [post(f"{server.url}/v1/score", image) for image in case.images]
         closed(server, requests, clients=CLIENTS[-1], seconds=2)
         all_cores = closed(server, requests, clients=CLIENTS[-1], seconds=seconds / 2)
+        flood = overload(server, requests, capacity=all_cores.rate, seconds=seconds)
     return found | {
         "cores": len(cores),
         "ready_s": ready[1:],
         "all_cores": asdict(all_cores),
+        "all_cores_overload": asdict(flood),
         "image_bytes": statistics.mean(map(len, case.images)),
         "bundle_bytes": _bytes_below(case.store),
     }
@@ -293,12 +310,12 @@ def read(file: Path = RESULT) -> dict[str, Any]:
 
 def batch_time(result: dict[str, Any]) -> BatchTime:
     """The model fitted to a result."""
-    return fit([Closed(**loop) for loop in result["closed"]])
+    return fit([Closed(**loop) for loop in result["closed"]], Open(**result["open"][0]))
 
 
 def refusal_s(result: dict[str, Any]) -> float:
-    """Seconds of the core that a refusal takes."""
-    return Overload(**result["overload"]).refusal_s(result["capacity_after"])
+    """Seconds that a refusal takes of a replica with all cores, the load generator among them."""
+    return Overload(**result["all_cores_overload"]).refusal_s(result["all_cores"]["rate"])
 
 
 def print_closed(result: dict[str, Any], time: BatchTime, console: Console) -> None:
@@ -324,7 +341,7 @@ def print_open(result: dict[str, Any], time: BatchTime, console: Console) -> Non
     headings = ("load", "requests/s", "p50 ms", "model", "error", "p99 ms", "model", "error")
     for heading in headings:
         table.add_column(heading, justify="right")
-    for each in (Open(**each) for each in result["open"]):
+    for each in (Open(**each) for each in result["open"][1:]):
         queue = BatchQueue(time, rate=each.rate)
         row = [f"{each.load:.0%}", f"{each.rate:.0f}"]
         for measured, share in ((each.p50_ms, 0.5), (each.p99_ms, 0.99)):
@@ -349,17 +366,28 @@ def main() -> None:
     time = batch_time(result)
     print_closed(result, time, console)
     print_open(result, time, console)
-    capacity, full = result["closed"][-1]["rate"], Overload(**result["overload"])
+    print_rest(result, time, console)
+
+
+def print_rest(result: dict[str, Any], time: BatchTime, console: Console) -> None:
+    """The fitted times, capacities, overload and size."""
     console.print(
-        f"a batch of n: {1000 * time.a:.3f} + {1000 * time.b:.3f} n ms; full batches "
-        f"{time.capacity:.0f}/s; measured {capacity:.0f}/s, later "
-        f"{result['capacity_after']:.0f}/s; "
-        f"all {result['cores']} cores, the load generator among them: "
-        f"{result['all_cores']['rate']:.0f}/s\n"
-        f"overload: {full.offered:.0f}/s offered, {full.goodput:.0f}/s answered, "
-        f"{full.refused:.0f}/s refused: {1e6 * refusal_s(result):.0f} us of the core a refusal\n"
-        f"start to ready: {statistics.median(result['ready_s']):.1f} s; resident "
-        f"{result['resident_mib']:.0f} MiB; {result['series']} series"
+        f"a batch of n: {1000 * time.a:.2f} + {1000 * time.b:.2f} n ms, at rest "
+        f"{1000 * time.waking_s:.2f} ms more; full batches {time.capacity:.0f}/s\n"
+        f"measured {result['closed'][-1]['rate']:.0f}/s, later {result['capacity_after']:.0f}/s; "
+        f"with all {result['cores']} cores, the load generator among them, "
+        f"{result['all_cores']['rate']:.0f}/s"
+    )
+    for name in ("overload", "all_cores_overload"):
+        full = Overload(**result[name])
+        console.print(
+            f"{name}: {full.offered:.0f}/s offered, {full.goodput:.0f}/s answered, p99 "
+            f"{full.p99_ms:.0f} ms, {full.refused:.0f}/s refused; {full.statuses}"
+        )
+    console.print(
+        f"a refusal takes {1e6 * refusal_s(result):.0f} us; start to ready "
+        f"{statistics.median(result['ready_s']):.1f} s; resident {result['resident_mib']:.0f} MiB; "
+        f"{result['series']} series"
     )
 
 
