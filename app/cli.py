@@ -4,7 +4,8 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -15,6 +16,7 @@ from app.errors import CalibrationError, NormGateError, SettingsError
 from app.settings import Settings
 
 if TYPE_CHECKING:
+    from app.offline.reading import Place
     from app.store import Store
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -137,14 +139,16 @@ def _add_calibrate(commands: Any) -> None:
         help="torchvision/NAME, cifar/NAME, timm/NAME or python/package.module:factory",
     )
     required.add_argument(
-        "--selection-images", required=True, type=Path, metavar="DIR", help="ID training images"
+        "--selection-images",
+        required=True,
+        metavar="DIR|URL",
+        help="ID training images: a folder of files, of .tar shards or of .parquet files",
     )
     required.add_argument(
         "--threshold-images",
         required=True,
-        type=Path,
-        metavar="DIR",
-        help="ID images the classifier was not trained on",
+        metavar="DIR|URL",
+        help="ID images the classifier was not trained on, likewise",
     )
     required.add_argument("--name", required=True, help="of the model in the store")
     parser.add_argument(
@@ -198,6 +202,7 @@ def _add_calibrate(commands: Any) -> None:
     parser.add_argument(
         "--no-report", action="store_true", help="write no report.html beside the bundle"
     )
+    _add_ray(parser)
     _add_model_store(parser)
     parser.set_defaults(command=_calibrate, on_interrupt="; nothing was written")
 
@@ -215,7 +220,7 @@ def _calibrate(options: argparse.Namespace) -> None:
         usual = default_preprocessing(architecture)
         preprocessing = _validated(type(usual), usual.model_dump() | options.preprocessing)
     has_report = _can_report(wanted=not options.no_report)
-    with TerminalProgress() as progress:
+    with _place(options) as place, TerminalProgress() as progress:
         calibration = calibrate(
             CalibrationOptions(
                 name=options.name,
@@ -241,6 +246,7 @@ def _calibrate(options: argparse.Namespace) -> None:
             ),
             _store(_offline_settings(options)),
             progress=progress,
+            place=place,
         )
     print_calibration(calibration)
 
@@ -371,13 +377,16 @@ def _groups(options: argparse.Namespace, names: Collection[str]) -> dict[str, An
 def _add_score(commands: Any) -> None:
     parser = commands.add_parser(
         "score",
-        help="the verdict on every image of a folder, into a table",
+        help="the verdict on every image of a folder or of shards, into a table",
         description="Scores many images into one table. An interrupted run goes on where it "
         "stopped when the same command is given again; an unreadable file gets a row that says "
         "why.",
     )
     parser.add_argument(
-        "source", metavar="DIR|GLOB|-", help="a folder, a quoted glob, or names on standard input"
+        "source",
+        metavar="DIR|GLOB|URL|-",
+        help="a folder, a quoted glob, a URL such as s3://bucket/images, or names on standard "
+        "input; images in .tar shards and .parquet files count where there are no others",
     )
     parser.add_argument("--bundle", required=True, metavar="NAME[/VERSION]")
     parser.add_argument(
@@ -388,6 +397,7 @@ def _add_score(commands: Any) -> None:
     )
     parser.add_argument("--batch-size", type=_at_least(1), default=64, metavar="N")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    _add_ray(parser)
     _add_model_store(parser)
     parser.set_defaults(
         command=_score, on_interrupt="; the same command again goes on where it stopped"
@@ -395,26 +405,67 @@ def _add_score(commands: Any) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from app.offline.score import check_output, find_files, score_files
+    from app.offline.score import check_output, find_source, score_files
     from app.offline.terminal import TerminalProgress, print_score_summary
 
     check_output(options.out, overwrite=options.overwrite)
     name, version = _bundle_id(options.bundle)
     settings = _offline_settings(options)
     loaded = _store(settings).load(name, version, allowed_factories=settings.allowed_factories)
-    files = find_files(options.source, lines=sys.stdin)
-    with TerminalProgress() as progress:
+    with _place(options) as place, TerminalProgress() as progress:
         summary = score_files(
             loaded,
-            files,
+            find_source(options.source, lines=sys.stdin, spread=place.spread()),
             options.out,
             progress=progress,
             overwrite=options.overwrite,
             batch_size=options.batch_size,
             max_pixels=settings.max_pixels,
             device=options.device,
+            place=place,
         )
     print_score_summary(summary, options.out)
+
+
+def _add_ray(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("on many machines")
+    group.add_argument(
+        "--ray",
+        action="store_true",
+        help="work on the Ray cluster that RAY_ADDRESS names, or a new one on this machine",
+    )
+    group.add_argument(
+        "--workers",
+        type=_at_least(1),
+        metavar="N",
+        help="most of them at once (default: as many as the cluster has room for)",
+    )
+    group.add_argument(
+        "--worker-cpus",
+        type=_at_least(1),
+        metavar="N",
+        help="cores of each (default: as many as one machine computes with)",
+    )
+
+
+@contextmanager
+def _place(options: argparse.Namespace) -> "Iterator[Place]":
+    """Where the work is done: this machine, or a Ray cluster."""
+    if not options.ray:
+        if options.workers or options.worker_cpus:
+            raise NormGateError("--workers and --worker-cpus need --ray")
+        from app.offline.reading import ThisMachine
+
+        yield ThisMachine()
+        return
+    try:
+        from app.distributed.offline import ray_cluster
+    except ImportError as error:
+        raise NormGateError("--ray needs Ray Data: pip install 'normgate[ray]'") from error
+    with ray_cluster(
+        device=options.device, workers=options.workers, worker_cpus=options.worker_cpus
+    ) as cluster:
+        yield cluster
 
 
 def _add_export(commands: Any) -> None:
