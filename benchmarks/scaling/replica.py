@@ -7,8 +7,8 @@ is the model's ``a + b * n``, and how much a lone request's time varies its spre
 arrive as a Poisson process. At a twentieth of the capacity nearly all find the server at rest: how
 much longer they take than a lone client's is the model's ``waking_s``. At the other loads the model
 must tell p50 and p99, which it has not seen. Last, a server with all cores, the load generator
-among them. Either is also asked for three times more than it can do, which tells what a refusal
-costs.
+among them. Either is also asked for three times more than it can do; the one with a core of its own
+tells what a refusal costs.
 
 Writes ``build/bench/replica.json``.
 """
@@ -314,8 +314,12 @@ def batch_time(result: dict[str, Any]) -> BatchTime:
 
 
 def refusal_s(result: dict[str, Any]) -> float:
-    """Seconds that a refusal takes of a replica with all cores, the load generator among them."""
-    return Overload(**result["all_cores_overload"]).refusal_s(result["all_cores"]["rate"])
+    """Seconds of the core that a refusal takes.
+
+    Of the replica on one core: where the load generator shares the cores, it takes more of them the
+    more it offers.
+    """
+    return Overload(**result["overload"]).refusal_s(result["capacity_after"])
 
 
 def print_closed(result: dict[str, Any], time: BatchTime, console: Console) -> None:

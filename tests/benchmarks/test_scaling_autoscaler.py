@@ -53,7 +53,7 @@ def test_asks_for_what_the_cores_need(cores: float, wanted: int) -> None:
 
 
 def test_waiting_multiplies_the_ready() -> None:
-    """A wait of 0.375 s asks for one and a half times the replicas that are ready, whatever starts."""
+    """A wait of 0.375 s asks for one and a half times the replicas that are ready."""
     assert Autoscaler(POLICY).look(0, load(wait_s=0.375, ready=4), replicas=4) == 6
     assert Autoscaler(POLICY).look(0, load(wait_s=0.75, ready=2), replicas=4) == 6
 

@@ -13,15 +13,15 @@ from benchmarks.scaling.events import Outcome, Rules
 from benchmarks.scaling.events import simulate as simulate_requests
 from benchmarks.scaling.fleet import EDGES, Curves, Day, Loss, Plan, later, simulate
 
-TIME = BatchTime(0.01, 0.01, 8, factors=(0.8, 1.8), shares=(0.8, 0.2))
-RULES = Rules(queue_size=200, refusal_s=0.001)
-OVERLOAD = [(30.0, 0.5), (20.0, 3.0), (40.0, 0.5)]
+TIME = BatchTime(0.001, 0.001, 8, factors=(0.8, 1.8), shares=(0.8, 0.2))
+RULES = Rules(queue_size=1000, refusal_s=0.0001)
+OVERLOAD = [(8.0, 0.5), (8.0, 3.0), (10.0, 0.5)]
 """Seconds, and the load in them."""
 
 
 @pytest.fixture(scope="module")
 def curves() -> Curves:
-    """Of a small slow replica."""
+    """Of a small replica."""
     return Curves(TIME, forward_share=0.5)
 
 
@@ -59,16 +59,16 @@ def test_constant_load_is_the_queueing_model(curves: Curves, load: float) -> Non
     latency = BatchQueue(TIME, rate=rate).latency
     assert day.failed() == 0
     assert day.p_s(0.5) == pytest.approx(latency.quantile(0.5), rel=0.1)
-    # The load of a second varies round its mean, which the slow replica of this test makes much of.
-    assert day.p_s(0.99) == pytest.approx(latency.quantile(0.99), rel=0.35)
+    # The load of a second varies round its mean.
+    assert day.p_s(0.99) == pytest.approx(latency.quantile(0.99), rel=0.15)
     assert_conserved(day)
 
 
 def test_overload_is_that_of_single_requests(curves: Curves) -> None:
     """Three times the capacity for a while: as many answers, refusals, retries and seconds."""
     rates = [(seconds, load * TIME.capacity) for seconds, load in OVERLOAD]
-    outcomes = [simulate_requests(TIME, RULES, rates=rates, seed=seed) for seed in range(4)]
-    days = [simulate(fixed(phases, seconds=90, seed=seed), curves, RULES) for seed in range(4)]
+    outcomes = [simulate_requests(TIME, RULES, rates=rates, seed=seed) for seed in range(2)]
+    days = [simulate(fixed(phases, seconds=26, seed=seed), curves, RULES) for seed in range(2)]
 
     def of_requests(count: Callable[[Outcome], int]) -> float:
         return float(np.mean([count(outcome) for outcome in outcomes]))
@@ -83,12 +83,12 @@ def test_overload_is_that_of_single_requests(curves: Curves) -> None:
     retried = of_requests(lambda outcome: outcome.retried)
     assert of_days(lambda day: int(day.retried.sum())) == pytest.approx(retried, rel=0.1)
     p90 = np.mean([np.quantile(outcome.latencies_s, 0.9) for outcome in outcomes])
-    assert np.mean([day.p_s(0.9) for day in days]) == pytest.approx(p90, rel=0.1)
+    assert np.mean([day.p_s(0.9) for day in days]) == pytest.approx(p90, rel=0.15)
 
 
 def test_single_requests_are_conserved() -> None:
     """Answered or refused in the end, each once."""
-    rates = [(10.0, 3 * TIME.capacity)]
+    rates = [(4.0, 3 * TIME.capacity)]
 
     outcome = simulate_requests(TIME, RULES, rates=rates, seed=1)
     unretried = simulate_requests(TIME, RULES, rates=rates, seed=1, retries=0)
@@ -167,7 +167,7 @@ def test_a_burst_is_grown_into(curves: Curves) -> None:
 
 def test_a_day_is_reproducible(curves: Curves) -> None:
     """The same seed, the same day; another, another."""
-    days = [simulate(fixed(phases, seconds=90, seed=seed), curves, RULES) for seed in (3, 3, 4)]
+    days = [simulate(fixed(phases, seconds=26, seed=seed), curves, RULES) for seed in (3, 3, 4)]
 
     assert np.array_equal(days[0].answered, days[1].answered)
     assert np.array_equal(days[0].latencies, days[1].latencies)
