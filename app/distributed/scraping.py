@@ -42,5 +42,6 @@ def _target(name: str) -> dict[str, Any]:
 
 def _own_name() -> str:
     """What tells this replica's actor from all others; its last part is the replica's."""
-    name: str = ray.get_runtime_context().get_actor_name()
+    name = ray.get_runtime_context().get_actor_name()
+    assert name is not None, "Serve names every replica's actor"
     return name

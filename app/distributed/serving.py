@@ -128,7 +128,6 @@ def bind(settings: Settings, fleet: Fleet) -> Application:
     requests = 2 * (settings.queue_size + settings.max_batch_size)
     grace_s = max(settings.shutdown_grace_s, _LEAST_DRAIN_S)
     deployment = serve.deployment(
-        serve.ingress(build)(Replica),
         name=NAME,
         ray_actor_options={"num_cpus": fleet.replica_cpus, "num_gpus": fleet.gpus(settings)},
         max_ongoing_requests=requests,
@@ -146,7 +145,7 @@ def bind(settings: Settings, fleet: Fleet) -> Application:
         max_constructor_retry_count=_STARTS,
         logging_config={"enable_access_log": False},  # the application has one
     )
-    return deployment.bind()
+    return deployment(serve.ingress(build)(Replica)).bind()
 
 
 def _build(settings: Settings) -> "FastAPI":
