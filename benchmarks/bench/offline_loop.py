@@ -30,7 +30,7 @@ from benchmarks.bench.contestants import CORES
 from benchmarks.bench.detectors import Engine, Loader
 
 _POLL_S: Final = 0.1
-_BATCH_SIZES: Final = (8, MAX_BATCH_SIZE)
+_BATCH_SIZES: Final = (4, 8, MAX_BATCH_SIZE)
 
 
 @dataclass(frozen=True)
