@@ -1,0 +1,32 @@
+"""Costs that are measured in turns."""
+
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.growth import in_turns
+
+
+def test_cost_of_an_image() -> None:
+    """Milliseconds of the clock over images; the first run of a way is warm-up, not counted."""
+    now = 0.0
+    runs: list[str] = []
+
+    def taking(name: str, seconds: float, images: int) -> Callable[[], int]:
+        def run() -> int:
+            nonlocal now
+            now += seconds if name in runs else 100
+            runs.append(name)
+            return images
+
+        return run
+
+    costs = in_turns(
+        {"slow": taking("slow", 0.2, 1), "batched": taking("batched", 0.4, 8)},
+        rounds=3,
+        seconds=0.5,
+        clock=lambda: now,
+    )
+
+    assert costs == {"slow": pytest.approx(200), "batched": pytest.approx(50)}
+    assert runs == ["slow", "batched", *3 * ["slow", "slow", "slow", "batched", "batched"]]
