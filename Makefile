@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 CHECKED := app tests benchmarks deploy docs
 
 .PHONY: install serve test lint lint-kubernetes format data evaluate overload gate-latency dashboard \
-    kubernetes drift peers bench bench-gpu soak
+    kubernetes drift peers bench bench-gpu soak scaling
 
 install: $(INSTALLED)
 
@@ -94,3 +94,9 @@ bench-gpu: data peers
 # Memory under an hour of load.
 soak: data
 	$(BIN)/python -m benchmarks.soak
+
+# One replica measured and modelled, a fleet's day simulated, cost and bottlenecks; about 7 minutes.
+scaling: data
+	$(BIN)/python -m benchmarks.scaling.replica
+	$(BIN)/python -m benchmarks.scaling.day
+	$(BIN)/python -m benchmarks.scaling.bottlenecks

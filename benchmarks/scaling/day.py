@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -53,7 +54,7 @@ class Case:
     """A day to simulate.
 
     Args:
-        headroom: capacity over load that the autoscaler keeps.
+        headroom: cores over cores in use that the autoscaler keeps, one over its target.
         start_s: from the wish for a replica to its first answer.
         is_fast: tenfold at once, where the manifest allows twofold a minute.
         burst: times the traffic, for ten minutes.
@@ -183,17 +184,39 @@ def cases() -> dict[str, list[Case]]:
     }
 
 
-def print_table(title: str, rows: Sequence[tuple[Case, Found]], console: Console) -> None:
+def spare(curves: Curves, headroom: float) -> float:
+    """Capacity over load where so large a part of the cores is in use.
+
+    More than the headroom: small batches use more of a core an image than full ones.
+    """
+    loads = np.arange(101) / 100
+    busy = [curves.at(load).busy for load in loads]
+    return float(1 / np.interp(1 / headroom, busy, loads))
+
+
+def print_table(
+    title: str, rows: Sequence[tuple[Case, Found]], curves: Curves, console: Console
+) -> None:
     """A row a day."""
     table = Table(title=title)
     for heading in (
-        *("headroom", "start s", "failed", "in burst", "after losses", "p99 ms", "calm p99 ms"),
+        *(
+            "cores' target",
+            "capacity / load",
+            "start s",
+            "failed",
+            "in burst",
+            "after losses",
+            "p99 ms",
+            "calm p99 ms",
+        ),
         *("replica-hours", "most", "goal"),
     ):
         table.add_column(heading, justify="right")
     for case, day in rows:
         table.add_row(
-            f"{case.headroom:.2f}",
+            f"{1 / case.headroom:.0%}",
+            f"{spare(curves, case.headroom):.1f}",
             f"{case.start_s:.0f}",
             *(f"{x:.3%}" for x in (day.failed, day.failed_in_burst, day.failed_in_losses)),
             *(f"{1000 * seconds:.0f}" for seconds in (day.p99_s, day.calm_p99_s)),
@@ -242,7 +265,7 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.processes) as pool:
         for title, wanted in cases().items():
             days = list(pool.map(found, wanted, [arguments.replica] * len(wanted)))
-            print_table(title, list(zip(wanted, days, strict=True)), console)
+            print_table(title, list(zip(wanted, days, strict=True)), curves, console)
             results[title] = [
                 asdict(case) | asdict(day) for case, day in zip(wanted, days, strict=True)
             ]
