@@ -125,7 +125,7 @@ def resources(result: dict[str, Any], scaled: dict[str, Any]) -> list[Resource]:
             "connections of one nginx, all queues full",
             lambda replicas: 2 * 1024 * replicas,
             NGINX_CONNECTIONS,
-            "NORMGATE_QUEUE_SIZE to what the deadline allows; worker_connections",
+            "NORMGATE_QUEUE_SIZE to the wait you accept; worker_connections",
         ),
         Resource(
             "bytes a second through one balancer",

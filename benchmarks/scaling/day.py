@@ -46,7 +46,8 @@ FAILED: Final = 0.001
 SHIPPED: Final = 1 / 0.7
 STARTS_S: Final = (10.0, 60.0, 180.0)
 HEADROOMS: Final = (SHIPPED, 2.0, 3.0, 5.0, 8.0, 12.0)
-FAST: Final = {"up_share": 9.0, "up_period_s": 15.0}
+FAST_SHARE: Final = 9.0
+FAST_PERIOD_S: Final = 15.0
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,14 @@ class Case:
 
     def policy(self) -> Policy:
         """The shipped one, with this headroom and more replicas."""
-        share = 1 / self.headroom
-        limits = FAST if self.is_fast else {}
+        share, usual = 1 / self.headroom, Policy()
         return dataclasses.replace(
-            Policy(), most=MOST, cores=share, busy_devices=min(0.7, share), **limits
+            usual,
+            most=MOST,
+            cores=share,
+            busy_devices=min(usual.busy_devices, share),
+            up_share=FAST_SHARE if self.is_fast else usual.up_share,
+            up_period_s=FAST_PERIOD_S if self.is_fast else usual.up_period_s,
         )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.scaling.autoscaler import Policy
 from benchmarks.scaling.batch_queue import BatchQueue, BatchTime
-from benchmarks.scaling.day import BURST_AT_S, BURST_S, traffic
+from benchmarks.scaling.day import BURST_AT_S, BURST_S, Case, spare, traffic
 from benchmarks.scaling.events import Outcome, Rules
 from benchmarks.scaling.events import simulate as simulate_requests
 from benchmarks.scaling.fleet import EDGES, Curves, Day, Loss, Plan, later, simulate
@@ -217,3 +217,18 @@ def test_traffic_has_a_burst_at_its_peak() -> None:
     assert rate(BURST_AT_S + BURST_S / 2) == pytest.approx(1000, rel=1e-2)
     assert rate(BURST_AT_S + BURST_S) == pytest.approx(100, rel=1e-2)
     assert rate(BURST_AT_S - 12 * 3600) == pytest.approx(25)
+
+
+def test_spare_capacity_is_more_than_the_target_says(curves: Curves) -> None:
+    """Small batches fill a core sooner than full ones: a core half in use is less than half full."""
+    assert spare(curves, 1.0) == pytest.approx(1, abs=0.05)
+    assert spare(curves, 2.0) > 2.2
+
+
+def test_a_case_changes_the_policy_alone() -> None:
+    """The target and the pace of growth are the case's, all else is shipped."""
+    policy = Case(headroom=4.0, start_s=10, is_fast=True).policy()
+
+    assert (policy.cores, policy.busy_devices) == (0.25, 0.25)
+    assert (policy.up_share, policy.up_period_s) == (9.0, 15.0)
+    assert (policy.fewest, policy.wait_s) == (2, 0.25)
