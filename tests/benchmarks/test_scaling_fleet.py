@@ -220,7 +220,7 @@ def test_traffic_has_a_burst_at_its_peak() -> None:
 
 
 def test_spare_capacity_is_more_than_the_target_says(curves: Curves) -> None:
-    """Small batches fill a core sooner than full ones: a core half in use is less than half full."""
+    """Small batches fill a core sooner than full ones: half in use is less than half full."""
     assert spare(curves, 1.0) == pytest.approx(1, abs=0.05)
     assert spare(curves, 2.0) > 2.2
 
