@@ -6,6 +6,7 @@ them what one machine would do. What comes back, in order, are the batches' resu
 
 import logging
 import pickle
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -55,10 +56,7 @@ def ray_cluster(
         raise NormGateError(f"device is {device}; with --ray it must be cpu or cuda")
     is_own = not ray.is_initialized()
     if is_own:
-        try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise NormGateError(f"Ray cannot be reached: {_first_line(error)}") from error
+        _connect()
     try:
         gpus = 1 if device == "cuda" else 0
         cpus = worker_cpus or min(torch.get_num_threads(), _largest_node())
@@ -66,6 +64,16 @@ def ray_cluster(
     finally:
         if is_own:
             ray.shutdown()
+
+
+def _connect() -> None:
+    try:
+        with warnings.catch_warnings():
+            # It is about GPUs that a worker reserved none of, and sees none of.
+            warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise NormGateError(f"Ray cannot be reached: {_first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,7 @@ class RayCluster:
     def _spread(
         self, function: Callable[[ItemT], ResultT], items: Iterable[ItemT], /
     ) -> Iterator[ResultT]:
-        task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_attempt)
+        task: Any = ray.remote(num_cpus=1, max_retries=_RETRIES)(_attempt)
         pending: deque[Any] = deque()
         try:
             for item in items:

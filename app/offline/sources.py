@@ -462,7 +462,7 @@ def _find_members(shard: str) -> _Members:
         with _opened(shard) as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
             for member in archive:
                 # tarfile would keep every header.
-                archive.members = []
+                archive.members = []  # type: ignore[attr-defined] # typeshed leaves it out
                 if member.isreg() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
                     names.append(member.name)
                     starts.append(member.offset_data)

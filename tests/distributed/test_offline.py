@@ -23,7 +23,7 @@ from app.store import BUNDLE_FILE, WEIGHTS_FILE, Store
 from tests.bucket import Bucket
 from tests.conftest import IMAGES as THRESHOLD_IMAGES
 from tests.conftest import draw_images, silent
-from tests.shards import as_parquet_files, as_tar_shards, names_in
+from tests.shards import as_tar_shards, names_in
 from tests.test_lifecycle import until
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ def _kill_reader(pipe: Path) -> list[int]:
     except OSError:
         return []
     try:
-        found: list[int] = []
-        until(lambda: bool(found.extend(_openers(pipe)) or found))
+        until(lambda: bool(_openers(pipe)))
+        found = _openers(pipe)
         for process in found:
             os.kill(process, signal.SIGKILL)
         return found
@@ -182,8 +182,7 @@ def test_a_calibration(
     """The bundle is that of one machine to the byte, also when a worker is killed on the way."""
     folder = Path(options.selection_images)
     if not is_killed:
-        held_out = as_parquet_files(Path(options.threshold_images), tmp_path / "parquet")
-        options = replace(options, threshold_images=held_out)
+        cluster = replace(cluster, workers=1)
     calibrate(options, Store(tmp_path / "here"), progress=silent)
     seen: list[tuple[str, int]] = []
 
@@ -244,7 +243,7 @@ def test_shards_in_a_bucket(
         [
             *("score", f"s3://{bucket.name}/tar", "--out", str(there), "--ray"),
             *("--bundle", "tiny", "--model-store", str(tiny_store.root)),
-            *("--batch-size", str(BATCH), "--worker-cpus", "1"),
+            *("--batch-size", str(BATCH), "--worker-cpus", "1", "--workers", "1"),
         ]
     )
 
@@ -298,7 +297,11 @@ def test_a_worker_that_cannot_build_the_network(
 
     with pytest.raises(BundleError, match="the threshold is void") as caught:
         score_files(
-            void, find_source(str(images)), tmp_path / "out.csv", progress=silent, place=cluster
+            void,
+            find_source(str(images)),
+            tmp_path / "out.csv",
+            progress=silent,
+            place=replace(cluster, workers=1),
         )
 
     assert "\n" not in str(caught.value)
