@@ -121,7 +121,10 @@ class RayCluster:
                 fn_constructor_args=(_Shipped(shipped), self.cpus),
                 batch_size=1,
                 batch_format="numpy",
-                compute=ActorPoolStrategy(size=min(self.workers, len(stretches))),
+                # One stretch at a time: a lost worker costs no other stretch one of its retries.
+                compute=ActorPoolStrategy(
+                    size=min(self.workers, len(stretches)), max_tasks_in_flight_per_actor=1
+                ),
                 num_cpus=self.cpus,
                 num_gpus=self.gpus,
                 max_restarts=-1,

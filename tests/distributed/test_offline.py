@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from app.cli import main
-from app.errors import BundleError, NormGateError
+from app.errors import NormGateError
 from app.offline.calibrate import CalibrationOptions, calibrate
 from app.offline.score import find_source, score_files
 from app.store import BUNDLE_FILE, WEIGHTS_FILE, Store
@@ -286,25 +286,6 @@ def test_bad_sources(
 
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "store").exists()
-
-
-def test_a_worker_that_cannot_build_the_network(
-    cluster: "RayCluster", tiny_store: Store, images: Path, tmp_path: Path
-) -> None:
-    """Its reason reaches the user, in one line."""
-    loaded = tiny_store.load("tiny")
-    void = replace(loaded, bundle=loaded.bundle.model_copy(update={"golden_score": 1e9}))
-
-    with pytest.raises(BundleError, match="the threshold is void") as caught:
-        score_files(
-            void,
-            find_source(str(images)),
-            tmp_path / "out.csv",
-            progress=silent,
-            place=replace(cluster, workers=1),
-        )
-
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
