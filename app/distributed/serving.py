@@ -9,11 +9,11 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import ray
 import structlog
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve
 from ray.serve import Application
 
@@ -44,6 +44,20 @@ class UserConfig(BaseModel):
     versions: Mapping[str, int] = {}
     """Which version of a model answers; the one in force in the store where none is named."""
 
+    @classmethod
+    def read(cls, user_config: dict[str, Any]) -> Self:
+        """What Serve was given.
+
+        Raises:
+            SettingsError: it is something else.
+        """
+        try:
+            return cls.model_validate(user_config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "user_config"
+            raise SettingsError(f"{where} is {first['input']!r}: {first['msg']}") from error
+
 
 class Replica:
     """One replica: ``build`` makes what it answers with, this is what Serve asks of it beside."""
@@ -56,21 +70,23 @@ class Replica:
         """Let the versions that are named answer from now on.
 
         A replica that answers goes on with what it has where a version cannot serve, and logs why:
-        Serve would end it, and all others after it. One that is starting fails.
+        Serve would end it. One that is starting fails.
 
         Raises:
+            SettingsError: the replica is starting, and this is no configuration.
             BundleError: the replica is starting, and the version cannot serve.
         """
         await self._started()
-        versions = UserConfig.model_validate(user_config).versions
-        for name in self._pinned.keys() | versions.keys():
-            try:
+        try:
+            versions = UserConfig.read(user_config).versions
+            for name in sorted(self._pinned.keys() | versions.keys()):
                 await self._follow(name, versions.get(name))
-            except BundleError as error:
-                if not self._is_serving:
-                    raise
-                logger.error("version cannot serve", model=name, reason=str(error))
-        self._pinned = versions
+        except (BundleError, SettingsError) as error:
+            if not self._is_serving:
+                raise
+            logger.error("user_config is not followed", reason=str(error))
+        else:
+            self._pinned = versions
 
     async def check_health(self) -> None:
         """Return when the replica wants requests; Serve replaces one that goes on to fail.

@@ -2,6 +2,7 @@
 
 import pytest
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
@@ -75,4 +76,4 @@ def test_what_the_proxies_are_given() -> None:
     """One middleware, without options."""
     [given] = middlewares()
 
-    assert (given.cls, given.args, given.kwargs) == (ProxyAnswers, (), {})
+    assert repr(given) == repr(Middleware(ProxyAnswers))

@@ -92,7 +92,14 @@ def cluster() -> Iterator[Cluster]:
     # Its sockets' paths would be too long in pytest's own folder.
     folder = tempfile.mkdtemp(prefix="ray")
     command = [
-        *(BIN / "ray", "start", "--head", "--block", "--num-cpus=3", "--include-dashboard=false"),
+        *(
+            str(BIN / "ray"),
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=3",
+            "--include-dashboard=false",
+        ),
         *("--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}"),
         *("--object-store-memory=200000000", f"--temp-dir={folder}"),
     ]
