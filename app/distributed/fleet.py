@@ -63,6 +63,11 @@ def replica_settings(settings: Settings, fleet: Fleet) -> Settings:
             "NORMGATE_ADMIN_TOKEN is set: through Ray an admin route would change one replica of "
             "many; docs/ray.md tells how all of them change their version"
         )
+    if fleet.gpus(settings) and ":" in settings.devices and "cuda:0" not in settings.devices:
+        raise SettingsError(
+            f"NORMGATE_DEVICES is {settings.devices}; Ray numbers the GPUs that a replica reserved "
+            "from cuda:0"
+        )
     changes: dict[str, Any] = {}
     if not isinstance(settings.model_store, str):
         changes["model_store"] = settings.model_store.absolute()

@@ -55,8 +55,10 @@ class ProxyAnswers:
             await send(message)
 
         await self._app(scope, receive, send_on)
-        if not has_started and not scope["path"].startswith(_FORWARDING):
-            await _send_lost(scope, send)
+        # Serve has noted by now under which prefix the application stands.
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if not has_started and not path.startswith(_FORWARDING):
+            await _send_lost(scope, path, send)
 
 
 def _amend(start: Message) -> None:
@@ -68,10 +70,10 @@ def _amend(start: Message) -> None:
         headers[HEADER] = request_id
 
 
-async def _send_lost(scope: Scope, send: Send) -> None:
+async def _send_lost(scope: Scope, path: str, send: Send) -> None:
     request_id = request_id_of(scope)
     body, media_type = encode_problem(
-        scope["path"], status=_UNAVAILABLE, detail=_LOST, request_id=request_id
+        path, status=_UNAVAILABLE, detail=_LOST, request_id=request_id
     )
     headers = Headers(
         {

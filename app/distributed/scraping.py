@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from prometheus_client import CollectorRegistry, start_http_server
 from ray.experimental.internal_kv import (
+    _internal_kv_del,
     _internal_kv_get,
     _internal_kv_list,
     _internal_kv_put,
@@ -30,8 +31,11 @@ def listen(registry: CollectorRegistry) -> None:
 def targets() -> list[dict[str, Any]]:
     """The living replicas of the caller's deployment, as Prometheus's HTTP discovery has them."""
     deployment = _own_name().rpartition("#")[0]
-    alive = {actor["name"] for actor in list_named_actors(all_namespaces=True)}
+    # In this order: a replica that starts in between is not taken for one that is gone.
     announced = {key.decode() for key in _internal_kv_list(f"{deployment}#", namespace=_NAMESPACE)}
+    alive = {actor["name"] for actor in list_named_actors(all_namespaces=True)}
+    for name in announced - alive:
+        _internal_kv_del(name, namespace=_NAMESPACE)
     return [_target(name) for name in sorted(alive & announced)]
 
 

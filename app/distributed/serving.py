@@ -7,6 +7,7 @@ import asyncio
 import gc
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -15,8 +16,11 @@ import ray
 import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 
+from app.distributed.failures import last_line
 from app.distributed.fleet import Fleet, replica_settings
 from app.distributed.proxy import CALLBACK
 from app.errors import BundleError, NormGateError, SettingsError
@@ -32,6 +36,7 @@ NAME: Final = "NormGate"
 _STARTS: Final = 3
 _KEEP_ALIVE_S: Final = 75
 _LEAST_DRAIN_S: Final = 0.1
+_POLL_S: Final = 0.1
 
 logger = structlog.get_logger()
 
@@ -78,15 +83,11 @@ class Replica:
         """
         await self._started()
         try:
-            versions = UserConfig.read(user_config).versions
-            for name in sorted(self._pinned.keys() | versions.keys()):
-                await self._follow(name, versions.get(name))
+            await self._follow_all(UserConfig.read(user_config).versions)
         except (BundleError, SettingsError) as error:
             if not self._is_serving:
                 raise
             logger.error("user_config is not followed", reason=str(error))
-        else:
-            self._pinned = versions
 
     async def check_health(self) -> None:
         """Return when the replica wants requests; Serve replaces one that goes on to fail.
@@ -102,6 +103,23 @@ class Replica:
     def _service(self) -> "ScoringService":
         service: ScoringService = self.app.state.service
         return service
+
+    async def _follow_all(self, versions: Mapping[str, int]) -> None:
+        """Let every version that can serve answer.
+
+        Raises:
+            BundleError: one of them cannot.
+        """
+        failure: BundleError | None = None
+        for name in sorted(self._pinned.keys() | versions.keys()):
+            try:
+                await self._follow(name, versions.get(name))
+            except BundleError as error:
+                failure = error
+        # Whatever was named once goes back to the store's version when it is named no more.
+        self._pinned = versions if failure is None else {**self._pinned, **versions}
+        if failure is not None:
+            raise failure
 
     async def _follow(self, name: str, version: int | None) -> None:
         if version is None or self._service.model(name).bundle.version != version:
@@ -142,7 +160,6 @@ def bind(settings: Settings, fleet: Fleet) -> Application:
 
     # NormGate's own queue must be the one that is full first: its refusals say when to come back.
     requests = 2 * (settings.queue_size + settings.max_batch_size)
-    grace_s = max(settings.shutdown_grace_s, _LEAST_DRAIN_S)
     deployment = serve.deployment(
         name=NAME,
         ray_actor_options={"num_cpus": fleet.replica_cpus, "num_gpus": fleet.gpus(settings)},
@@ -155,9 +172,8 @@ def bind(settings: Settings, fleet: Fleet) -> Application:
             "target_ongoing_requests": settings.max_batch_size,
         },
         user_config=UserConfig().model_dump(),
-        graceful_shutdown_wait_loop_s=grace_s,
-        # One wait for callers to hear of it, the longest request, and the wait that it ends in.
-        graceful_shutdown_timeout_s=2 * grace_s + settings.max_deadline_ms / 1000,
+        graceful_shutdown_wait_loop_s=_grace_s(settings),
+        graceful_shutdown_timeout_s=_drain_s(settings),
         max_constructor_retry_count=_STARTS,
         logging_config={"enable_access_log": False},  # the application has one
     )
@@ -199,53 +215,92 @@ def run(settings: Settings, fleet: Fleet) -> None:
         raise SettingsError("NORMGATE_PORT is 0; Ray's proxies on all machines need the same one")
     target = bind(settings, fleet)
     with _cluster(), _until_told() as told:
-        serve.start(
-            proxy_location="EveryNode",
-            http_options={
-                "host": settings.host,
-                "port": settings.port,
-                "keep_alive_timeout_s": _KEEP_ALIVE_S,
-            },
-        )
         try:
+            serve.start(
+                proxy_location="EveryNode",
+                http_options={
+                    "host": settings.host,
+                    "port": settings.port,
+                    "keep_alive_timeout_s": _KEEP_ALIVE_S,
+                },
+            )
             serve.run(target, name=NAME)
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             print(f"NormGate listens on http://{host}:{settings.port}", flush=True)
             told.wait()
-        except RuntimeError as error:
-            raise NormGateError(f"the replicas cannot start: {_last_line(error)}") from error
+        except (RuntimeError, TimeoutError, RayError) as error:
+            raise NormGateError(f"the replicas cannot start: {last_line(error)}") from error
         finally:
-            # Longer than a minute: Serve goes on to end the replicas.
-            with suppress(TimeoutError):
-                serve.delete(NAME)
+            told.has_ended()
+            _withdraw(within_s=_drain_s(settings))
+
+
+def _drain_s(settings: Settings) -> float:
+    # One wait for callers to hear of it, the longest request, and the wait that it ends in.
+    return 2 * _grace_s(settings) + settings.max_deadline_ms / 1000
+
+
+def _grace_s(settings: Settings) -> float:
+    return max(settings.shutdown_grace_s, _LEAST_DRAIN_S)
+
+
+def _withdraw(*, within_s: float) -> None:
+    """Take the application away; return once its replicas have answered what they had."""
+    # A Serve that is gone has nothing to withdraw.
+    with suppress(RayError, RayServeException):
+        serve.delete(NAME, _blocking=False)
+        end = time.monotonic() + within_s
+        while NAME in serve.status().applications and time.monotonic() < end:
+            time.sleep(_POLL_S)
 
 
 @contextmanager
 def _cluster() -> Iterator[None]:
-    ray.init(
-        namespace="serve",
-        include_dashboard=False,
-        runtime_env={"env_vars": {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK}},
-    )
+    try:
+        ray.init(
+            namespace="serve",
+            include_dashboard=False,
+            runtime_env={"env_vars": {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK}},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise NormGateError(f"Ray cannot be reached: {last_line(error)}") from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
+class _Told:
+    """SIGTERM and SIGINT: they break off a start, and end what has started."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._is_starting = True
+
+    def hear(self, *_: object) -> None:
+        """The signals' handler."""
+        self._event.set()
+        if self._is_starting:
+            # Serve waits without end for replicas that the cluster has no room for.
+            raise KeyboardInterrupt
+
+    def wait(self) -> None:
+        """The start is over: return when told."""
+        self._is_starting = False
+        self._event.wait()
+
+    def has_ended(self) -> None:
+        """Nothing is to be broken off any more."""
+        self._is_starting = False
+
+
 @contextmanager
-def _until_told() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set."""
-    told = threading.Event()
+def _until_told() -> Iterator[_Told]:
+    told = _Told()
     signals = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(each, lambda *_: told.set()) for each in signals]
+    before = [signal.signal(each, told.hear) for each in signals]
     try:
         yield told
     finally:
         for each, handler in zip(signals, before, strict=True):
             signal.signal(each, handler)
-
-
-def _last_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__

@@ -81,3 +81,11 @@ def test_options_of_a_fleet_need_the_flag(capsys: pytest.CaptureFixture[str]) ->
     """One process has no replicas to count."""
     assert main(["serve", "--max-replicas", "2"]) == 1
     assert "max_replicas: only with --ray" in capsys.readouterr().err
+
+
+def test_a_gpu_that_ray_numbers_otherwise() -> None:
+    """A replica sees the GPUs that it reserved from number 0 on."""
+    settings = Settings.read({"devices": "cuda:1"})
+
+    with pytest.raises(SettingsError, match="NORMGATE_DEVICES is cuda:1; Ray numbers the GPUs"):
+        replica_settings(settings, Fleet())

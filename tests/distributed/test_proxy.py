@@ -39,12 +39,13 @@ def test_a_lost_replica_under_v2() -> None:
     assert list(response.json()) == ["error"]
 
 
-def test_what_was_forwarded_is_not_asked_again() -> None:
+@pytest.mark.parametrize("prefix", ["", "/ood"])
+def test_what_was_forwarded_is_not_asked_again(prefix: str) -> None:
     """Nobody knows whether a lost request reached the operator's classifier: no word of a retry."""
-    client = TestClient(ProxyAnswers(silent))
+    client = TestClient(ProxyAnswers(silent), root_path=prefix)
 
     with pytest.raises(AssertionError):  # the test client's word for no answer
-        client.post("/v1/proxy/predict")
+        client.post(f"{prefix}/v1/proxy/predict")
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,35 @@ def test_what_cannot_be_followed(user_config: dict[str, Any], kind: type[Excepti
     assert service.version == 1
 
 
+def test_a_damaged_version_holds_no_other_up() -> None:
+    """The versions that can serve are followed, and go back to the store's when named no more."""
+    services = {"damaged": Service(), "tiny": Service()}
+
+    async def change() -> list[int]:
+        replica, seen = await started(_Several(services)), []
+        await replica.check_health()
+        for versions in ({"damaged": 3, "tiny": 2}, {}):
+            await replica.reconfigure({"versions": versions})
+            seen.append(services["tiny"].version)
+        return seen
+
+    assert asyncio.run(change()) == [2, 4]
+
+
+class _Several(Service):
+    """Models that each have a service's versions."""
+
+    def __init__(self, services: dict[str, Service]) -> None:
+        super().__init__()
+        self._services = services
+
+    def model(self, name: str) -> Any:
+        return self._services[name].model(name)
+
+    async def activate(self, name: str, version: int | None) -> None:
+        await self._services[name].activate(name, version)
+
+
 def test_a_stuck_device_is_unhealthy() -> None:
     """Serve replaces a replica whose device makes no progress."""
     service = Service()

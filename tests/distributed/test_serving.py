@@ -176,7 +176,7 @@ class Fleet:
     def active(self) -> set[int]:
         """The versions that answer, of all replicas."""
         role = re.compile(r'normgate_model_role\{.*role="active",version="(\d+)"\} 1.0')
-        pages = [httpx.get(f"http://{one}/metrics").text for one in self.listeners()]
+        pages = map(_metrics, self.listeners())
         return {int(version) for page in pages for version in role.findall(page)}
 
 
@@ -234,7 +234,7 @@ class Load:
     def go_on(self, count: int) -> None:
         """Return when so many more requests have their outcome."""
         wanted = self.outcomes.total() + count
-        until(lambda: self.outcomes.total() >= wanted)
+        until(lambda: self.outcomes.total() >= wanted, within_s=WITHIN_S)
 
     def _ask(self, seed: int) -> None:
         data = jpeg(seed)
@@ -278,14 +278,25 @@ def test_two_replicas_give_the_offline_scores(fleet: Fleet, offline: Sequence[fl
 
 def _images(address: str) -> float:
     """The images that a replica has scored, by its own metrics."""
-    page = httpx.get(f"http://{address}/metrics").text
-    return sum(map(float, re.findall(r"^normgate_images_total\{.*\} (.*)$", page, re.MULTILINE)))
+    counters = re.findall(r"^normgate_images_total\{.*\} (.*)$", _metrics(address), re.MULTILINE)
+    return sum(map(float, counters))
+
+
+def _metrics(address: str) -> str:
+    """What a replica tells Prometheus; nothing while it cannot."""
+    try:
+        return httpx.get(f"http://{address}/metrics", timeout=WITHIN_S).text
+    except httpx.TransportError:
+        return ""
 
 
 def test_errors_are_those_of_one_process(fleet: Fleet) -> None:
     """A problem document comes with its status and with one request id."""
     response = httpx.post(
-        f"{fleet.url}/v1/score", content=b"no image", headers={"X-Request-ID": "one"}
+        f"{fleet.url}/v1/score",
+        content=b"no image",
+        headers={"X-Request-ID": "one"},
+        timeout=WITHIN_S,
     )
 
     assert response.status_code == 415
@@ -332,12 +343,18 @@ def test_the_command(fleet: Fleet) -> None:
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
+        hung = threading.Timer(WITHIN_S, process.kill)
+        hung.start()
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == f"NormGate listens on {fleet.url}\n"
-            assert httpx.post(f"{fleet.url}/v1/score", content=jpeg(1)).status_code == 200
+            assert (
+                httpx.post(f"{fleet.url}/v1/score", content=jpeg(1), timeout=WITHIN_S).status_code
+                == 200
+            )
             process.terminate()
             assert process.wait(WITHIN_S) == 0
         finally:
+            hung.cancel()
             process.kill()
-    assert httpx.get(f"{fleet.url}/readyz").status_code == 404
+    assert httpx.get(f"{fleet.url}/readyz", timeout=WITHIN_S).status_code == 404
