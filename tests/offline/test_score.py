@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,34 @@ def test_the_command(
 
     assert main(command) == 1
     assert "exists; --overwrite replaces it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ray"], "--ray needs Ray Data: pip install 'normgate[ray]'"),
+        (["--workers", "2"], "--workers and --worker-cpus need --ray"),
+        (["--worker-cpus", "2"], "--workers and --worker-cpus need --ray"),
+    ],
+)
+def test_many_machines_are_an_extra(
+    tiny_store: Store,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    """Without Ray one line names what to install; its options say whose they are."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "app.distributed.offline", raising=False)
+    command = ["score", str(folder), "--bundle", "tiny", "--model-store", str(tiny_store.root)]
+
+    assert main([*command, "--out", str(tmp_path / "out.csv"), *flags]) == 1
+
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.slow
