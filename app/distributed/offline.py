@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
+from app.distributed.failures import last_line
 from app.errors import NormGateError
 from app.offline.reading import Batch, Reading
 from app.offline.sources import Spread
@@ -60,7 +61,8 @@ def ray_cluster(
     try:
         gpus = 1 if device == "cuda" else 0
         cpus = worker_cpus or min(torch.get_num_threads(), _largest_node())
-        yield RayCluster(workers=workers or _room(cpus=cpus, gpus=gpus), cpus=cpus, gpus=gpus)
+        room = _room(cpus=cpus, gpus=gpus)
+        yield RayCluster(workers=min(workers or room, room), cpus=cpus, gpus=gpus)
     finally:
         if is_own:
             ray.shutdown()
@@ -73,7 +75,7 @@ def _connect() -> None:
             warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise NormGateError(f"Ray cannot be reached: {_first_line(error)}") from error
+        raise NormGateError(f"Ray cannot be reached: {last_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class RayCluster:
                 for results in map(_outcome, rows["results"]):
                     yield from results
         except RayError as error:
-            raise NormGateError(f"Ray's workers failed: {_last_line(error)}") from error
+            raise NormGateError(f"Ray's workers failed: {last_line(error)}") from error
 
     def _spread(
         self, function: Callable[[ItemT], ResultT], items: Iterable[ItemT], /
@@ -150,7 +152,7 @@ class RayCluster:
             while pending:
                 yield _outcome(ray.get(pending.popleft()))
         except RayError as error:
-            raise NormGateError(f"Ray's workers failed: {_last_line(error)}") from error
+            raise NormGateError(f"Ray's workers failed: {last_line(error)}") from error
 
     def _stretches(self, positions: range, batch_size: int) -> list[range]:
         batches = -(-len(positions) // batch_size)
@@ -214,27 +216,25 @@ def _in_order() -> DataContext:
 
 
 def _room(*, cpus: int, gpus: int) -> int:
-    """How many workers fit on the cluster as it is."""
-    resources = ray.cluster_resources()
-    room = int(resources.get("CPU", 0) // cpus)
-    if gpus:
-        room = min(room, int(resources.get("GPU", 0) // gpus))
+    """How many workers fit on the cluster's machines, were nothing else on them.
+
+    Raises:
+        NormGateError: no machine has room for one.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    room = sum(
+        min(int(has.get(kind, 0) // count) for kind, count in wanted.items()) for has in nodes
+    )
     if not room:
+        largest = {kind: max(has.get(kind, 0) for has in nodes) for kind in ("CPU", "GPU")}
         raise NormGateError(
-            f"the cluster has {resources.get('CPU', 0):g} cores and {resources.get('GPU', 0):g} "
-            f"GPUs; a worker needs {cpus} and {gpus}"
+            f"no machine of the cluster has more than {largest['CPU']:g} cores and "
+            f"{largest['GPU']:g} GPUs; a worker needs {cpus} and {gpus}"
         )
     return room
 
 
 def _largest_node() -> int:
     """The cores of the machine that has most."""
-    return max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes()) or 1
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    return max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]) or 1

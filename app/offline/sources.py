@@ -5,7 +5,6 @@ few arrays, so that many processes can have it, and share it.
 """
 
 import importlib
-import io
 import os
 import tarfile
 import threading
@@ -13,6 +12,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from errno import ENODATA
 from pathlib import Path
@@ -396,9 +396,11 @@ class _RowGroups:
     def _read(self, group: int) -> Any:
         source, file = self._source, int(self._source.file_of[group])
         path, column = _joined(source.root, source.files[file]), source.columns[file]
-        with _opened(path) as opened:
-            table = _parquet(path, opened).read_row_group(
-                int(source.group_of[group]), columns=[column]
+        with _opened(path) as opened, _reading(path, "Parquet"):
+            table = (
+                pyarrow()
+                .parquet.ParquetFile(opened)
+                .read_row_group(int(source.group_of[group]), columns=[column])
             )
         return table.flatten().column(column)
 
@@ -458,23 +460,24 @@ def _listed_at_url(url: str) -> tuple[str, Iterable[str]]:
 def _find_members(shard: str) -> _Members:
     names: list[str] = []
     starts, sizes = array("q"), array("q")
-    try:
-        with _opened(shard) as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
-            for member in archive:
-                # tarfile would keep every header.
-                archive.members = []  # type: ignore[attr-defined] # typeshed leaves it out
-                if member.isreg() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
-                    names.append(member.name)
-                    starts.append(member.offset_data)
-                    sizes.append(member.size)
-    except (tarfile.TarError, OSError) as error:
-        raise NormGateError(f"{shard} cannot be read as a tar file: {_reason(error)}") from error
+    with (
+        _opened(shard) as opened,
+        _reading(shard, "a tar file"),
+        tarfile.open(fileobj=opened, mode="r:") as archive,
+    ):
+        for member in archive:
+            # tarfile would keep every header.
+            archive.members = []  # type: ignore[attr-defined] # typeshed leaves it out
+            if member.isreg() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
+                names.append(member.name)
+                starts.append(member.offset_data)
+                sizes.append(member.size)
     return _Members(names, starts, sizes)
 
 
 def _find_rows(file: str) -> _Rows:
-    with _opened(file) as opened:
-        parquet = _parquet(file, opened)
+    with _opened(file) as opened, _reading(file, "Parquet"):
+        parquet = pyarrow().parquet.ParquetFile(opened)
         schema, metadata = parquet.schema_arrow, parquet.metadata
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         name = _name_column(schema)
@@ -517,12 +520,19 @@ def _kind(schema: Any, name: str) -> Any:
     return schema.field(name).type if name in schema.names else pyarrow().null()
 
 
-def _parquet(path: str, opened: io.BufferedIOBase) -> Any:
-    arrow = pyarrow()
+@contextmanager
+def _reading(path: str, kind: str) -> Iterator[None]:
+    """A context in which a file of that kind is read.
+
+    Raises:
+        NormGateError: it is damaged, or its store does not answer.
+    """
     try:
-        return arrow.parquet.ParquetFile(opened)
-    except (OSError, arrow.ArrowException) as error:
-        raise NormGateError(f"{path} cannot be read as Parquet: {_reason(error)}") from error
+        yield
+    except NormGateError:
+        raise
+    except Exception as error:  # each backend has the errors of its own libraries
+        raise NormGateError(f"{path} cannot be read as {kind}: {_reason(error)}") from error
 
 
 def _opened(path: str) -> Any:
@@ -547,8 +557,9 @@ def _range_reader(root: str) -> Callable[[str, int | None, int | None], bytes]:
     def read(url: str, start: int | None, stop: int | None) -> bytes:
         try:
             return bytes(files.cat_file(url, start=start, end=stop))
-        except (FileNotFoundError, PermissionError):
+        except FileNotFoundError:
             raise
+        # Refused credentials too: they are no fault of the image.
         except Exception as error:  # each backend has the errors of its own libraries
             raise NormGateError(f"{url} cannot be read: {_reason(error)}") from error
 

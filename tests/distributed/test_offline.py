@@ -291,9 +291,10 @@ def test_bad_sources(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cuda"}, "the cluster has 2 cores and 0 GPUs; a worker needs 1 and 1"),
+        ({"device": "cuda"}, "more than 2 cores and 0 GPUs; a worker needs 1 and 1"),
         ({"device": "cuda:1"}, "device is cuda:1; with --ray it must be cpu or cuda"),
-        ({"worker_cpus": 3}, "the cluster has 2 cores and 0 GPUs; a worker needs 3 and 0"),
+        ({"worker_cpus": 3}, "more than 2 cores and 0 GPUs; a worker needs 3 and 0"),
+        ({"worker_cpus": 3, "workers": 1}, "a worker needs 3 and 0"),
     ],
 )
 def test_no_room(cluster: "RayCluster", options: dict[str, Any], message: str) -> None:

@@ -187,6 +187,19 @@ def _no_parquet(root: Path) -> None:
     (root / "a.parquet").write_bytes(b"x" * 2000)
 
 
+def _damaged_pages(root: Path, **columns: Any) -> None:
+    file = root / "a.parquet"
+    parquet.write_table(pyarrow.table({"bytes": [b"x" * 99]} | columns), file, compression="none")
+    content = file.read_bytes()
+    # The footer, which tells of the pages, is whole.
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    file.write_bytes(content[:4] + bytes(footer - 4) + content[footer:])
+
+
+def _damaged_names(root: Path) -> None:
+    _damaged_pages(root, name=["0.jpg"])
+
+
 def _other_columns(root: Path) -> None:
     parquet.write_table(pyarrow.table({"image": ["text"], "label": [1]}), root / "a.parquet")
 
@@ -198,6 +211,7 @@ def _other_columns(root: Path) -> None:
         (_cut_tar, "a.tar cannot be read as a tar file: unexpected end of data"),
         (_tar_without_images, "holds no image with a suffix of .* nor in .tar or .parquet files"),
         (_no_parquet, "a.parquet cannot be read as Parquet: "),
+        (_damaged_names, "a.parquet cannot be read as Parquet: "),
         (_other_columns, "no column of encoded images called image or bytes; its columns are ima"),
     ],
 )
@@ -209,6 +223,14 @@ def test_bad_shards(tmp_path: Path, spoil: Callable[[Path], None], message: str)
         with pytest.raises(NormGateError, match=message) as caught:
             find(str(tmp_path))
         assert "\n" not in str(caught.value)
+
+
+def test_damaged_pages(tmp_path: Path) -> None:
+    """Images that are damaged all together end the work in one line."""
+    _damaged_pages(tmp_path)
+
+    with pytest.raises(NormGateError, match=r"a\.parquet cannot be read as Parquet: "):
+        find_images(tmp_path).reader()(0)
 
 
 def test_the_same_images_in_a_bucket(bucket: Bucket, folder: Path, tmp_path: Path) -> None:
@@ -246,7 +268,7 @@ def test_an_object_that_is_gone_is_one_unreadable_image(bucket: Bucket, folder: 
         read(0)
     assert read(1) == jpeg(7)
     bucket.on_request = lambda method, path: ("403 Forbidden", "AccessDenied")
-    with pytest.raises(PermissionError):
+    with pytest.raises(NormGateError, match=r"s3://.*/a/0007.jpg cannot be read: "):
         read(1)
     bucket.on_request = lambda method, path: ("400 Bad Request", "InvalidRequest")
     with pytest.raises(NormGateError, match=r"s3://.*/a/0007.jpg cannot be read: "):
