@@ -18,10 +18,12 @@ SCRIPT: Final = Path(__file__).with_name("load.lua")
 WARM_UP: Final = 0.15
 """The share of a measurement at its beginning whose answers are not counted."""
 _TIMEOUT_S: Final = 60
+_ROUNDS: Final = 4
+"""Answers that each connection should have: those to one batch come all at once."""
 
 
 class TooFewAnswersError(RuntimeError):
-    """A server gave no two answers, so that it has no rate."""
+    """A server gave so few answers that their times tell no rate."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def measure(
     seconds: float,
     expected: Collection[int] = (200,),
 ) -> Measurement:
-    """Ask for ``seconds``, or longer where a server is too slow to answer twice in them.
+    """Ask for ``seconds``, or longer where a server is too slow for a few rounds of answers.
 
     Args:
         url: that is posted to.
@@ -66,10 +68,20 @@ def measure(
         RuntimeError: wrk failed, or had not two answers in a minute.
     """
     while True:
+        is_last = seconds >= _LONGEST_S
+        least = 2 if is_last else _ROUNDS * load.concurrency
         try:
-            return _ask(url, bodies, content_type, load=load, seconds=seconds, expected=expected)
+            return _ask(
+                url,
+                bodies,
+                content_type,
+                load=load,
+                seconds=seconds,
+                expected=expected,
+                least=least,
+            )
         except TooFewAnswersError:
-            if seconds >= _LONGEST_S:
+            if is_last:
                 raise
             seconds = min(4 * seconds, _LONGEST_S)
 
@@ -82,6 +94,7 @@ def _ask(
     load: Load,
     seconds: float,
     expected: Collection[int],
+    least: int,
 ) -> Measurement:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "answers")
@@ -92,17 +105,19 @@ def _ask(
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not output.is_file():
             raise RuntimeError(f"wrk failed on {url}: {done.stderr or done.stdout}")
-        return parse(output.read_text(), images=load.images, expected=expected)
+        return parse(output.read_text(), images=load.images, expected=expected, least=least)
 
 
-def parse(text: str, *, images: int, expected: Collection[int] = (200,)) -> Measurement:
+def parse(
+    text: str, *, images: int, expected: Collection[int] = (200,), least: int = 2
+) -> Measurement:
     """A measurement from what the script wrote.
 
     Raises:
-        TooFewAnswersError: there were not two.
+        TooFewAnswersError: there were fewer than ``least``.
     """
     latencies, broken, *answers = text.splitlines()
-    if len(answers) < 2:
+    if len(answers) < least:
         raise TooFewAnswersError(f"{len(answers)} answers in all; measure for longer")
     p50_ms, p99_ms = map(float, latencies.split())
     times = [float(line.split()[0]) for line in answers]

@@ -201,7 +201,8 @@ class BatchQueue:
     def _arrivals(self, seconds: float, states: int) -> Array:
         """Probability of each number of arrivals while a batch of this mean time runs."""
         means = self._rate * seconds * np.asarray(self._time.factors)
-        found: Array = self._time.shares @ poisson.pmf(np.arange(states), means[:, None])
+        likely: Array = np.asarray(poisson.pmf(np.arange(states), means[:, None]))
+        found: Array = np.asarray(self._time.shares) @ likely
         return found
 
     def _of_arrivals(self, *, includes_service: bool) -> Latency:
@@ -284,7 +285,8 @@ def _likely_each(means: Array, *, most: int) -> tuple[NDArray[np.int64], Array]:
 
     Numbers above ``most`` count as it.
     """
-    numbers = np.arange(min(most, int(poisson.ppf(1 - 1e-6, means.max()))) + 1)
-    shares = poisson.pmf(numbers, means[:, None])
+    last = min(most, int(poisson.ppf(1 - 1e-6, means.max())))
+    numbers = np.arange(last + 1, dtype=np.int64)
+    shares: Array = np.asarray(poisson.pmf(numbers, means[:, None]))
     shares[:, -1] += 1 - shares.sum(axis=1)
     return numbers, shares

@@ -10,7 +10,7 @@ when told to. :mod:`benchmarks.scaling.events` simulates single requests, and th
 
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -157,8 +157,12 @@ class Day:
     @classmethod
     def of(cls, seconds: int) -> "Day":
         """An empty one."""
-        counts = [np.zeros(seconds, np.int64) for _ in range(7)]
-        return cls(*counts, latencies=np.zeros((seconds // 60 + 1, len(EDGES) - 1)))
+        counts = {
+            field.name: np.zeros(seconds, np.int64)
+            for field in fields(cls)
+            if field.name != "latencies"
+        }
+        return cls(**counts, latencies=np.zeros((seconds // 60 + 1, len(EDGES) - 1)))
 
     def without_minutes(self, minutes: slice) -> "Day":
         """The same, but for the latencies of those minutes."""

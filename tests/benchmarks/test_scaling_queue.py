@@ -33,10 +33,10 @@ def test_quantiles_of_m_d_1() -> None:
 
 def test_batches_of_one_of_any_time_are_m_g_1() -> None:
     """The mean wait grows with the second moment of the times: Pollaczek and Khinchine."""
-    factors, shares = (0.5, 1.0, 4.0), (0.7, 0.2, 0.1125)
-    scale = np.dot(factors, shares) / sum(shares)
-    shares = tuple(share / sum(shares) for share in shares)
-    factors = tuple(factor / scale for factor in factors)
+    unscaled, weights = (0.5, 1.0, 4.0), (0.7, 0.2, 0.1125)
+    scale = np.dot(unscaled, weights) / sum(weights)
+    shares = tuple(weight / sum(weights) for weight in weights)
+    factors = tuple(factor / scale for factor in unscaled)
     second = float(np.dot(np.square(factors), shares))
 
     wait = BatchQueue(BatchTime(0.0, 0.001, 1, factors, shares), rate=600).wait

@@ -128,7 +128,7 @@ def test_the_threshold_is_of_the_detectors_scores(
     preprocessing = loaded.bundle.preprocessing
     images = [
         load(file.read_bytes(), preprocessing)[None]
-        for file in sorted(tiny_options.threshold_images.iterdir())
+        for file in sorted(Path(tiny_options.threshold_images).iterdir())
     ]
     scores = np.sort([float(detector.detect(image).scores[0]) for image in images])
 
@@ -174,7 +174,7 @@ def test_every_score_can_be_calibrated(
     images = torch.stack(
         [
             load(file.read_bytes(), bundle.preprocessing)
-            for file in sorted(tiny_options.threshold_images.iterdir())
+            for file in sorted(Path(tiny_options.threshold_images).iterdir())
         ]
     )
 
@@ -455,7 +455,8 @@ def test_copied_images_are_refused(
     draw_images(tmp_path / "held_out", range(100, 124))
     for i, name in enumerate(copies):
         shutil.copy(
-            tiny_options.selection_images / f"{name}.jpg", tmp_path / "held_out" / f"copy{i}.jpg"
+            Path(tiny_options.selection_images) / f"{name}.jpg",
+            tmp_path / "held_out" / f"copy{i}.jpg",
         )
 
     message = refused(
@@ -472,7 +473,7 @@ def test_one_copy_in_a_hundred_is_a_warning(
 ) -> None:
     """1 % is accepted, counted and warned of."""
     held_out = draw_images(tmp_path / "held_out", range(100, 199))
-    shutil.copy(tiny_options.selection_images / "0001.jpg", held_out)
+    shutil.copy(Path(tiny_options.selection_images) / "0001.jpg", held_out)
 
     bundle = run(replace(tiny_options, threshold_images=held_out), tmp_path / "store").bundle
 

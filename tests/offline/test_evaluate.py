@@ -25,8 +25,11 @@ def test_what_an_evaluation_reports(tiny_store: Store, tiny_options: Calibration
 
     evaluation = evaluate(
         loaded,
-        id_images=tiny_options.threshold_images,
-        ood_images={"same": tiny_options.threshold_images, "other": tiny_options.selection_images},
+        id_images=Path(tiny_options.threshold_images),
+        ood_images={
+            "same": Path(tiny_options.threshold_images),
+            "other": Path(tiny_options.selection_images),
+        },
         progress=silent,
     )
 
@@ -57,8 +60,8 @@ def test_the_codec_changes_ood_images_alone(
     raw, jpeg75 = (
         evaluate(
             loaded,
-            id_images=tiny_options.threshold_images,
-            ood_images={"same": tiny_options.threshold_images},
+            id_images=Path(tiny_options.threshold_images),
+            ood_images={"same": Path(tiny_options.threshold_images)},
             progress=silent,
             codec=codec,
         )
@@ -100,8 +103,8 @@ def test_every_file_of_a_pass_is_told(tiny_store: Store, tiny_options: Calibrati
 
     evaluate(
         tiny_store.load("tiny"),
-        id_images=tiny_options.threshold_images,
-        ood_images={"drawn": tiny_options.selection_images},
+        id_images=Path(tiny_options.threshold_images),
+        ood_images={"drawn": Path(tiny_options.selection_images)},
         progress=watch,
         batch_size=16,
     )
@@ -116,7 +119,7 @@ def test_a_missing_ood_folder_is_named(
     with pytest.raises(CalibrationError, match="absent is not a folder"):
         evaluate(
             tiny_store.load("tiny"),
-            id_images=tiny_options.threshold_images,
+            id_images=Path(tiny_options.threshold_images),
             ood_images={"absent": tmp_path / "absent"},
             progress=silent,
         )
@@ -133,7 +136,7 @@ def test_methods_fitted_on_training_images(
     loaded = tiny_store.load("tiny")
 
     fitted = evaluate(
-        loaded, **folders, training_images=tiny_options.selection_images, progress=silent
+        loaded, **folders, training_images=Path(tiny_options.selection_images), progress=silent
     )
     unfitted = evaluate(loaded, **folders, progress=silent, with_odin=False)
 
@@ -146,13 +149,13 @@ def test_methods_fitted_on_training_images(
 def test_averages_and_groups(tiny_store: Store, tiny_options: CalibrationOptions) -> None:
     """Means are over all data sets and over those called near or far; intervals hold them."""
     ood = {
-        "one": tiny_options.selection_images,
-        "two": tiny_options.threshold_images,
-        "three": tiny_options.selection_images,
+        "one": Path(tiny_options.selection_images),
+        "two": Path(tiny_options.threshold_images),
+        "three": Path(tiny_options.selection_images),
     }
     evaluation = evaluate(
         tiny_store.load("tiny"),
-        id_images=tiny_options.threshold_images,
+        id_images=Path(tiny_options.threshold_images),
         ood_images=ood,
         groups={"two": "near", "three": "far"},
         progress=silent,
@@ -175,8 +178,8 @@ def test_every_block_and_the_oracle(tiny_store: Store, tiny_options: Calibration
     loaded = tiny_store.load("tiny")
     evaluation = evaluate(
         loaded,
-        id_images=tiny_options.threshold_images,
-        ood_images={"drawn": tiny_options.selection_images},
+        id_images=Path(tiny_options.threshold_images),
+        ood_images={"drawn": Path(tiny_options.selection_images)},
         progress=silent,
         with_odin=False,
     )
@@ -204,7 +207,7 @@ def test_the_paper_s_conventions(
     }
 
     anew = evaluate(
-        tiny_store.load("tiny"), **folders, training_images=tiny_options.selection_images
+        tiny_store.load("tiny"), **folders, training_images=Path(tiny_options.selection_images)
     )
     own = evaluate(zero.load("tiny"), **folders)
 

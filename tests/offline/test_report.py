@@ -53,10 +53,10 @@ def scored(tiny_store: Store, tiny_options: CalibrationOptions) -> ScoredImages:
     """Two data sets, one with a name that no file could have."""
     return score_images(
         tiny_store.load("tiny"),
-        id_images=tiny_options.threshold_images,
+        id_images=Path(tiny_options.threshold_images),
         ood_images={
-            "drawn": tiny_options.selection_images,
-            "a/b <c>": tiny_options.selection_images,
+            "drawn": Path(tiny_options.selection_images),
+            "a/b <c>": Path(tiny_options.selection_images),
         },
         progress=silent,
         with_odin=False,

@@ -19,10 +19,10 @@ def evaluation(tiny_store: Store, tiny_options: CalibrationOptions) -> Evaluatio
     """Of the tiny bundle, on two data sets, one of them near."""
     return evaluate(
         tiny_store.load("tiny"),
-        id_images=tiny_options.threshold_images,
+        id_images=Path(tiny_options.threshold_images),
         ood_images={
-            "drawn": tiny_options.selection_images,
-            "same": tiny_options.threshold_images,
+            "drawn": Path(tiny_options.selection_images),
+            "same": Path(tiny_options.threshold_images),
         },
         groups={"drawn": "near"},
         progress=silent,
