@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
@@ -298,7 +299,7 @@ class ImageFolder(ImageSet):
         """Searched recursively; class folders are allowed, not needed."""
         return Path(self.source.root)
 
-    @property
+    @cached_property
     def files(self) -> Sequence[Path]:
         """Of each image the path; in a shard, as if the shard were a folder."""
         return [Path(self.source.where(position)) for position in range(len(self))]
