@@ -4,8 +4,8 @@ import os
 from typing import Final
 
 _PASS_PIXELS: Final = 4 * 224 * 224
-"""Images with more pixels in all have activations that leave the caches: MobileNetV3 then takes up
-to twice as long an image."""
+"""Images with more pixels in all have activations that leave the caches: MobileNetV3 then takes a
+quarter more time an image, or more."""
 _TINY_SIDE: Final = 64
 
 
