@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
-from app.distributed.failures import last_line
+from app.distributed.failures import joining, last_line
 from app.errors import NormGateError
 from app.offline.reading import Batch, Reading
 from app.offline.sources import Spread
@@ -69,13 +69,10 @@ def ray_cluster(
 
 
 def _connect() -> None:
-    try:
-        with warnings.catch_warnings():
-            # It is about GPUs that a worker reserved none of, and sees none of.
-            warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise NormGateError(f"Ray cannot be reached: {last_line(error)}") from error
+    with joining(), warnings.catch_warnings():
+        # It is about GPUs that a worker reserved none of, and sees none of.
+        warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
-from app.distributed.failures import last_line
+from app.distributed.failures import joining, last_line
 from app.distributed.fleet import Fleet, replica_settings
 from app.distributed.proxy import CALLBACK
 from app.errors import BundleError, NormGateError, SettingsError
@@ -256,14 +256,12 @@ def _withdraw(*, within_s: float) -> None:
 
 @contextmanager
 def _cluster() -> Iterator[None]:
-    try:
+    with joining():
         ray.init(
             namespace="serve",
             include_dashboard=False,
             runtime_env={"env_vars": {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK}},
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise NormGateError(f"Ray cannot be reached: {last_line(error)}") from error
     try:
         yield
     finally:
