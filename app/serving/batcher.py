@@ -216,6 +216,7 @@ class Batcher(Generic[Item, Result]):
         self._queues: dict[_Lane, deque[_Pending[Item, Result]]] = {}
         self._depths = {False: 0, True: 0}
         self._held = 0
+        self._latest_batch_size = max_batch_size
         self._pace = _Pace(clock)
         self._is_closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -343,8 +344,9 @@ class Batcher(Generic[Item, Result]):
         return self._is_closed and not self._held
 
     def _expected_wait_s(self) -> float:
-        # An item is answered with its batch, which takes as long as all who travel in it.
-        ahead = self.depth + min(self.depth, self._max_batch_size)
+        # An item is answered with its batch, which takes as long as all who travel in it. Of what
+        # kind it will be is not known yet; the latest that came is the best guess.
+        ahead = self.depth + min(self.depth, self._latest_batch_size)
         return ahead * self._pace.seconds_per_item + self._lag_s()
 
     def _give_up(self, held: Places) -> None:
@@ -365,8 +367,10 @@ class Batcher(Generic[Item, Result]):
         with self._changed:
             if lane.is_background:
                 self._check_background(len(items))
-            elif places is None:
-                self.check_room(len(items), deadline=request.deadline)
+            else:
+                self._latest_batch_size = self._batch_size(lane)
+                if places is None:
+                    self.check_room(len(items), deadline=request.deadline)
             self._pace.begin(len(items))
             if places is not None:
                 # After the items have begun: handing them over is no rest.

@@ -365,6 +365,30 @@ def test_a_key_may_have_smaller_batches(key: str, largest: int) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize(("key", "wait_s"), [("large", 6), ("small", 8)])
+def test_company_is_as_large_as_the_batches_of_the_key(key: str, wait_s: int) -> None:
+    """Four wait, a second each: the next one travels with two more, or with four."""
+
+    async def scenario() -> None:
+        clock = Clock()
+        batcher = numbers(batch_size_of=lambda key: 2 if key == "large" else 9, clock=clock)
+        waiting = [asyncio.ensure_future(batcher.submit(key, [i])) for i in range(12)]
+        await until(lambda: batcher.depth == 12)
+        # The first batch shows no pace, those after it one item a second.
+        taken = 0
+        while taken < 8:
+            batch = batcher.take()
+            assert batch is not None
+            taken += len(batch.items)
+            clock.now += len(batch.items)
+            batch.complete([2 * item for item in batch.items])
+        assert batcher.retry_after_s() == wait_s
+        with Doubler(batcher).working():
+            assert await asyncio.gather(*waiting) == [[2 * i] for i in range(12)]
+
+    run(scenario())
+
+
 def test_the_first_batch_after_a_rest_is_no_pace() -> None:
     """A form whose images were long in decoding, on an idle service, makes nobody refused."""
 
