@@ -11,6 +11,9 @@ from typing import Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from app.api.problem_body import encode_problem
+from app.api.request_id import HEADER, new_request_id
+
 MAX_HEAD_BYTES: Final = 64 * 2**10
 _MAX_OFFERS: Final = 32
 """To upgrade, in what is read at once; each costs another pass over the rest of it."""
@@ -133,12 +136,7 @@ class Connection(HttpToolsProtocol):
             status = 431
             text = f"The request's line and headers have more than {MAX_HEAD_BYTES} bytes."
         self.logger.warning(text)
-        fields = (
-            "content-type: text/plain; charset=utf-8",
-            "connection: close",
-            f"content-length: {len(text)}",
-        )
-        self.transport.write(STATUS_LINE[status] + "\r\n".join([*fields, "", text]).encode())
+        self.transport.write(_refusal(status, text))
         if self._is_answering():
             self.transport.close()
             return
@@ -149,6 +147,20 @@ class Connection(HttpToolsProtocol):
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+
+def _refusal(status: int, text: str) -> bytes:
+    """An answer as the application would give it, which has not heard of the request."""
+    request_id = new_request_id()
+    # Which path was asked for is unknown, or not worth believing.
+    body, media_type = encode_problem("", status=status, detail=text, request_id=request_id)
+    fields = (
+        f"content-type: {media_type}",
+        f"{HEADER}: {request_id}",
+        "connection: close",
+        f"content-length: {len(body)}",
+    )
+    return STATUS_LINE[status] + "\r\n".join([*fields, "", ""]).encode() + body
 
 
 def _check_head(count: int) -> None:

@@ -1,6 +1,7 @@
 """HTTP connections: the bounds of a request's head, and offers of other protocols."""
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -76,6 +77,19 @@ def answers(client: socket.socket, *packets: bytes) -> list[bytes]:
     return [answer.partition(b"\r\n\r\n")[2] for answer in received(client).split(b"HTTP/1.1 ")[1:]]
 
 
+def problem(answer: bytes) -> dict[str, Any]:
+    """The problem in an answer, whose head says the same."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status_line, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    found: dict[str, Any] = json.loads(body)
+    assert headers["content-type"] == "application/problem+json"
+    assert int(headers["content-length"]) == len(body)
+    assert headers["X-Request-ID"] == found["request_id"]
+    assert status_line == f"HTTP/1.1 {found['status']} {found['title']}"
+    return found
+
+
 def test_bodies_come_whole(client: socket.socket) -> None:
     """Lengths, chunks and pipelines are read as uvicorn reads them."""
     chunked = POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n"
@@ -133,7 +147,7 @@ def test_other_protocols(client: socket.socket, packet: bytes) -> None:
     """A tunnel, TLS and HTTP/2 with prior knowledge are refused."""
     client.sendall(packet)
 
-    assert received(client).startswith(b"HTTP/1.1 400 ")
+    assert problem(received(client))["status"] == 400
 
 
 @pytest.mark.parametrize(
@@ -150,10 +164,11 @@ def test_a_head_without_end(client: socket.socket, beginning: bytes, count: int)
     with closing(client.dup()) as writer:
         sending = threading.Thread(target=_send, args=(writer, beginning + count * b"a"))
         sending.start()
-        status_line = received(client).partition(b"\r\n")[0]
+        refusal = received(client)
         sending.join(WITHIN_S)
 
-    assert status_line == b"HTTP/1.1 431 Request Header Fields Too Large"
+    assert refusal.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
+    assert str(MAX_HEAD_BYTES) in problem(refusal)["detail"]
 
 
 @pytest.mark.parametrize(("count", "status"), [(1_000, b"200 OK"), (2_000, b"431 ")])

@@ -24,7 +24,7 @@ ALLOWED = {
     "tracing": {"serving", "api"},
     "main": {"core", "store", "serving", "settings", "api", "tracing"},
     "client": set[str](),
-    "connection": set[str](),
+    "connection": {"api"},
     "listener": set[str](),
     "server": {
         "connection",

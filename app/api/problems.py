@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Match
 
 from app.api.access_log import describe
 from app.api.problem_body import MEDIA_TYPE, encode_problem
@@ -41,6 +42,8 @@ from app.serving.metrics import Metrics, RejectReason
 
 _CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's code for a client that went away first; never on the wire."""
+_METHOD_NOT_ALLOWED: Final = 405
+_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 STATUS: Final[Mapping[type[NormGateError], int]] = {
     MalformedRequestError: 400,
@@ -151,6 +154,16 @@ def _reject(request: Request, reason: RejectReason, metrics: Metrics) -> None:
     describe(request, reason=reason)
 
 
+def _allowed(request: Request) -> list[str]:
+    """The methods that the path is answered to; a route that refuses one knows its own alone."""
+    scopes = {method: dict(request.scope, method=method) for method in _METHODS}
+    return [
+        method
+        for method, scope in scopes.items()
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    ]
+
+
 def install(app: FastAPI, metrics: Metrics) -> None:
     """Answer every error of ``app`` with a problem, and count it."""
 
@@ -168,9 +181,10 @@ def install(app: FastAPI, metrics: Metrics) -> None:
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return problem(
-            request, status=error.status_code, detail=str(error.detail), headers=error.headers
-        )
+        headers = error.headers
+        if error.status_code == _METHOD_NOT_ALLOWED:
+            headers = {"Allow": ", ".join(_allowed(request))}
+        return problem(request, status=error.status_code, detail=str(error.detail), headers=headers)
 
     async def on_disconnect(request: Request, error: Exception) -> Response:
         _reject(request, "abandoned", metrics)

@@ -17,6 +17,11 @@ def request_id_of(scope: Scope) -> str:
     offered = Headers(scope=scope).get(HEADER, "")
     if _SANE.fullmatch(offered):
         return offered
+    return new_request_id()
+
+
+def new_request_id() -> str:
+    """An id for a request that offers none."""
     # Not uuid4: it asks the system for every one, and waits for the interpreter's lock after.
     return f"{random.getrandbits(128):032x}"
 

@@ -32,12 +32,22 @@ def test_not_found(client: TestClient, path: str) -> None:
     assert response.headers["content-type"] == "application/problem+json"
 
 
-def test_method_not_allowed(client: TestClient) -> None:
-    """A wrong method is a problem that keeps the ``Allow`` header."""
-    response = client.get("/v1/score")
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/score", "POST"),
+        ("/v1/gate", "POST, PUT"),
+        ("/v1/gate/classify", "POST, PUT"),
+        ("/livez", "GET, HEAD"),
+    ],
+)
+def test_method_not_allowed(client: TestClient, path: str, allowed: str) -> None:
+    """A wrong method is a problem whose ``Allow`` header has every method of the path."""
+    response = client.patch(path)
 
     assert response.status_code == 405
-    assert response.headers["allow"] == "POST"
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["allow"] == allowed
 
 
 def test_probes_before_and_after_loading() -> None:
