@@ -1,5 +1,6 @@
 """The verdict on a whole request, as the gate and the proxy pass it on."""
 
+import math
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
@@ -55,10 +56,11 @@ class Verdict:
     @property
     def reason(self) -> str:
         """One line for the client whose image is ``ood``."""
-        return (
-            f"an image is not one the classifier was trained for: its score {self.details['score']}"
-            f" is below the threshold {self.details['threshold']}"
-        )
+        score, threshold = self.details["score"], self.details["threshold"]
+        found = f"{score} is below the threshold {threshold}"
+        if not math.isfinite(float(score)):
+            found = f"is {score}"
+        return f"an image is not one the classifier was trained for: its score {found}"
 
 
 NO_IMAGES: Final = Verdict("none", {})
@@ -148,7 +150,8 @@ class Gatekeeper:
             raise MalformedRequestError("the body is empty; send an image")
         files = await files_in(request.headers, body)
         results = await unless_disconnected(
-            request, self._service.score(loaded, files, deadline=deadline, gate=True)
+            request,
+            self._service.score(loaded, files, deadline=deadline, gate=True, must_be_finite=False),
         )
         describe_results(request, loaded, results)
         detections = [result for result in results if isinstance(result, Detection)]

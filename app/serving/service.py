@@ -231,7 +231,13 @@ class ScoringService:
         return await asyncio.to_thread(self.models.refresh)
 
     async def score(
-        self, model: LoadedModel, files: Sequence[bytes], *, deadline: float, gate: bool = False
+        self,
+        model: LoadedModel,
+        files: Sequence[bytes],
+        *,
+        deadline: float,
+        gate: bool = False,
+        must_be_finite: bool = True,
     ) -> list[Detection | ImageError]:
         """One detection an image, or why that image could not be decoded.
 
@@ -240,14 +246,19 @@ class ScoringService:
             files: at least one image file's bytes.
             deadline: on the clock of ``time.monotonic``.
             gate: verdicts alone, without logits; the network stops where they are known.
+            must_be_finite: refuse a score that is no finite number, for JSON has none; else its
+                image is OOD, as any that makes the network overflow.
 
         Raises:
             ServingError: the service is full, late or shutting down.
+            ForwardError: the forward pass failed, or its score is not finite.
         """
         started = time.monotonic()
         step: Step = "fail"
         try:
-            results = await self._score(model, files, deadline=deadline, gate=gate)
+            results = await self._score(
+                model, files, deadline=deadline, gate=gate, must_be_finite=must_be_finite
+            )
             if not any(isinstance(result, ImageError) for result in results):
                 step = "success"
         finally:
@@ -255,7 +266,13 @@ class ScoringService:
         return results
 
     async def _score(
-        self, model: LoadedModel, files: Sequence[bytes], *, deadline: float, gate: bool
+        self,
+        model: LoadedModel,
+        files: Sequence[bytes],
+        *,
+        deadline: float,
+        gate: bool,
+        must_be_finite: bool,
     ) -> list[Detection | ImageError]:
         with self._batcher.places(len(files), deadline=deadline) as places:
             with model.statistics.timing("compute_input"):
@@ -268,7 +285,7 @@ class ScoringService:
                 detections = await self._batcher.submit(
                     Work(model, is_gate=gate), ready, deadline=deadline, places=places
                 )
-        if not all(math.isfinite(detection.score) for detection in detections):
+        if must_be_finite and not all(math.isfinite(found.score) for found in detections):
             raise ForwardError("the network gave a score that is not finite")
         for detection in detections:
             _count(detection, model.metrics, model.drift)
@@ -333,7 +350,9 @@ class ScoringService:
         if self.review is not None:
             scored = [image.data for image in images if isinstance(image.outcome, Tensor)]
             for data, detection in zip(scored, detections, strict=True):
-                self.review.offer(model.bundle, data, detection)
+                # What is kept of an image is written as JSON.
+                if math.isfinite(detection.score):
+                    self.review.offer(model.bundle, data, detection)
 
     def _show_to_shadow(
         self, model: LoadedModel, images: Sequence[_Decoded], detections: Sequence[Detection]

@@ -1,6 +1,7 @@
 """``/v1/gate``: a verdict as a status, asked for as Envoy asks."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -212,6 +213,26 @@ def test_forms(client: TestClient, open_client: TestClient) -> None:
     assert status(client, ("photo", good), ("photo", broken)) == (415, None)
     assert status(open_client, ("photo", good), ("photo", broken)) == (200, "unknown")
     assert status(open_client, ("photo", bad), ("photo", broken)) == (403, "ood")
+
+
+def test_a_score_that_is_no_number(tmp_path: Path) -> None:
+    """An image on which the network overflows is held back as OOD, by an open gate too."""
+    token = "an-admin-token"
+    settings = {"model_store": STORE, "review_folder": tmp_path, "admin_token": token}
+    settings |= {"engine": "torch", "gate_on_failure": "open"}
+    app = create_app(Settings.model_validate(settings))
+    with TestClient(app, raise_server_exceptions=False, headers={"x-api-key": token}) as client:
+        wait_until_ready(client)
+        network = app.state.service.model(None, None).detectors["cpu"].network
+        network.get_parameter("conv1.weight").data.fill_(float("nan"))
+
+        answer = client.post("/v1/gate", content=ID_IMAGE)
+
+        assert answer.status_code == 403
+        assert answer.headers["x-normgate-verdict"] == "ood"
+        assert answer.json()["detail"].endswith("its score is nan")
+        assert client.post("/v1/score", content=ID_IMAGE).status_code == 500
+        assert client.get("/v1/review").json()["images"] == []
 
 
 def test_form_headers_tell_of_the_lowest_score(client: TestClient) -> None:
