@@ -136,6 +136,20 @@ def test_an_api_key_is_no_admin_token(guarded: TestClient) -> None:
     assert {what: answer.status_code for what, answer in asked} == {what: 403 for what, _ in asked}
 
 
+def test_the_deadline_is_described(guarded: TestClient) -> None:
+    """Whatever scores images says that a request may have a deadline of its own."""
+    says_so = {
+        path
+        for _, path, operation in operations(guarded)
+        if "X-Request-Deadline-Ms" in [field["name"] for field in operation.get("parameters", [])]
+    }
+
+    assert says_so == {
+        *("/v1/score", "/v1/gate", "/v1/gate/a", "/v1/proxy/a"),
+        *("/v2/models/a/infer", "/v2/models/a/versions/1/infer"),
+    }
+
+
 def test_what_is_open(guarded: TestClient) -> None:
     """Probes and metrics ask for no credentials, nothing else does without."""
     is_open = {path for _, path, operation in operations(guarded) if "security" not in operation}

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 from fastapi import Request
 from starlette.types import Scope
@@ -15,6 +15,13 @@ from app.settings import Settings
 
 HEADER: Final = "X-Request-Deadline-Ms"
 _RAW_HEADER: Final = HEADER.lower().encode()
+DEADLINE_PARAMETER: Final[dict[str, Any]] = {
+    "name": HEADER,
+    "in": "header",
+    "description": "Milliseconds until the answer is due; default and bound are the server's.",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+}
+"""Of the OpenAPI description; the routes that score read the header themselves."""
 
 
 def request_deadline(request: Request, settings: Settings) -> float:

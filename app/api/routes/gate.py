@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from app.api.auth import ApiKeyRequired
-from app.api.deadline import request_deadline
+from app.api.deadline import DEADLINE_PARAMETER, request_deadline
 from app.api.dependencies import settings_of
 from app.api.gatekeeper import gatekeeper_of
 from app.api.problems import problem, responses
@@ -26,10 +26,11 @@ _DESCRIPTION: Final[dict[str, Any]] = {
     },
     "response_class": Response,
     "openapi_extra": {
+        "parameters": [DEADLINE_PARAMETER],
         "requestBody": {
             "required": True,
             "content": {"image/*": _IMAGE, "application/octet-stream": _IMAGE},
-        }
+        },
     },
 }
 

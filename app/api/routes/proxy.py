@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api import request_id
 from app.api.auth import KEY_HEADER, ApiKeyRequired
-from app.api.deadline import request_deadline
+from app.api.deadline import DEADLINE_PARAMETER, request_deadline
 from app.api.dependencies import settings_of
 from app.api.disconnect import unless_disconnected
 from app.api.gatekeeper import HEADER_PREFIX, NO_IMAGES, gatekeeper_of
@@ -42,6 +42,7 @@ _DESCRIPTION: Final[dict[str, Any]] = {
     "responses": responses(400, 401, 413, 415, 422, 429, 500, 502, 503, 504)
     | {200: {"description": "The classifier's answer, with `x-normgate-*` headers."}},
     "response_class": Response,
+    "openapi_extra": {"parameters": [DEADLINE_PARAMETER]},
 }
 
 

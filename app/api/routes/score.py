@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from app.api.access_log import describe_results
 from app.api.auth import ApiKeyRequired
-from app.api.deadline import in_time, request_deadline
+from app.api.deadline import DEADLINE_PARAMETER, in_time, request_deadline
 from app.api.dependencies import metrics_of, service_of, settings_of
 from app.api.disconnect import unless_disconnected
 from app.api.problems import responses
@@ -48,7 +48,7 @@ _REQUEST_BODY: Final = {
     summary="Is each image one the classifier was trained for?",
     response_model=ScoreResponse,
     responses=responses(400, 401, 404, 413, 415, 422, 429, 500, 503, 504),
-    openapi_extra={"requestBody": _REQUEST_BODY},
+    openapi_extra={"parameters": [DEADLINE_PARAMETER], "requestBody": _REQUEST_BODY},
 )
 async def score(
     request: Request,

@@ -16,7 +16,7 @@ from app.api.access_log import describe_results
 from app.api.admission import holding_of
 from app.api.auth import AdminRequired, ApiKeyRequired
 from app.api.content_coding import accepted_coding, decode_body, encode_body
-from app.api.deadline import in_time, request_deadline
+from app.api.deadline import DEADLINE_PARAMETER, in_time, request_deadline
 from app.api.dependencies import MetricsOf, ServiceOf, SettingsOf
 from app.api.disconnect import unless_disconnected
 from app.api.problems import v2_responses
@@ -76,19 +76,14 @@ admin_router = APIRouter(
 """Changes what is loaded; only there where an admin token is set."""
 
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
-_VERSIONED: Final[dict[str, Any]] = {
-    "openapi_extra": {
-        "parameters": [
-            {
-                "name": "version",
-                "in": "path",
-                "required": True,
-                "schema": {"type": "string", "pattern": "^[1-9][0-9]*$"},
-                "examples": {"first": {"value": "1"}},
-            }
-        ]
-    }
+_VERSION: Final[dict[str, Any]] = {
+    "name": "version",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string", "pattern": "^[1-9][0-9]*$"},
+    "examples": {"first": {"value": "1"}},
 }
+_VERSIONED: Final[dict[str, Any]] = {"openapi_extra": {"parameters": [_VERSION]}}
 _OF_A_MODEL: Final[dict[str, Any]] = {"responses": v2_responses(400, 404, 503)}
 _INFER: Final[dict[str, Any]] = {
     "summary": "Is each image one the classifier was trained for?",
@@ -189,9 +184,13 @@ async def model_config(model: ModelOf) -> ModelConfig:
 @router.post(
     "/models/{name}/versions/{version}/infer",
     **_INFER,
-    openapi_extra=_INFER_BODY | _VERSIONED["openapi_extra"],
+    openapi_extra=_INFER_BODY | {"parameters": [_VERSION, DEADLINE_PARAMETER]},
 )
-@router.post("/models/{name}/infer", **_INFER, openapi_extra=_INFER_BODY)
+@router.post(
+    "/models/{name}/infer",
+    **_INFER,
+    openapi_extra=_INFER_BODY | {"parameters": [DEADLINE_PARAMETER]},
+)
 async def infer(
     request: Request,
     service: ServiceOf,
