@@ -4,13 +4,14 @@ Architectures after He et al. (2016), Zagoruyko and Komodakis (2016) and Simonya
 Zisserman (2015) in their usual CIFAR form: a 3 x 3 stem without max pooling, one linear layer.
 """
 
-from typing import cast
+from collections.abc import Iterator
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
-from torchvision.models.vgg import cfgs as vgg_configurations
-from torchvision.models.vgg import make_layers as make_vgg_layers
+
+_VGG11: Final = (64, None, 128, None, 256, 256, None, 512, 512, None, 512, 512, None)
+"""Channels of the convolutions, and where a pooling follows."""
 
 
 class ResNet18(nn.Module):
@@ -39,6 +40,31 @@ class ResNet18(nn.Module):
         maps = self.relu(self.bn1(self.conv1(images)))
         maps = self.layer4(self.layer3(self.layer2(self.layer1(maps))))
         return cast(Tensor, self.fc(self.avgpool(maps).flatten(1)))
+
+
+class BasicBlock(nn.Module):
+    """Residual block of two convolutions, with the names and the order of torchvision's."""
+
+    def __init__(self, channels_in: int, channels_out: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or channels_in != channels_out:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
+                nn.BatchNorm2d(channels_out),
+            )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps ``[B, channels_out, H / stride, W / stride]``."""
+        shortcut = maps if self.downsample is None else self.downsample(maps)
+        residual = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(maps)))))
+        residual += shortcut
+        return cast(Tensor, self.relu(residual))
 
 
 class WideResNet28x10(nn.Module):
@@ -102,11 +128,7 @@ class VGG11(nn.Module):
 
     def __init__(self, *, num_classes: int = 10, width: int = 64) -> None:
         super().__init__()
-        layers: list[int | str] = [
-            layer if isinstance(layer, str) else layer * width // 64
-            for layer in vgg_configurations["A"]
-        ]
-        self.features = make_vgg_layers(layers, batch_norm=True)
+        self.features = nn.Sequential(*_vgg11_layers(width))
         self.classifier = nn.Linear(8 * width, num_classes)
         _initialise(self)
 
@@ -116,16 +138,23 @@ class VGG11(nn.Module):
 
 
 def _resnet_stage(channels_in: int, channels_out: int, *, stride: int) -> nn.Sequential:
-    downsample = None
-    if stride != 1 or channels_in != channels_out:
-        downsample = nn.Sequential(
-            nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
-            nn.BatchNorm2d(channels_out),
-        )
     return nn.Sequential(
-        BasicBlock(channels_in, channels_out, stride, downsample),
-        BasicBlock(channels_out, channels_out),
+        BasicBlock(channels_in, channels_out, stride=stride),
+        BasicBlock(channels_out, channels_out, stride=1),
     )
+
+
+def _vgg11_layers(width: int) -> Iterator[nn.Module]:
+    channels_in = 3
+    for channels in _VGG11:
+        if channels is None:
+            yield nn.MaxPool2d(2, stride=2)
+            continue
+        scaled = channels * width // 64
+        yield nn.Conv2d(channels_in, scaled, 3, padding=1)
+        yield nn.BatchNorm2d(scaled)
+        yield nn.ReLU(inplace=True)
+        channels_in = scaled
 
 
 def _wide_stage(channels_in: int, channels_out: int, *, stride: int) -> nn.Sequential:

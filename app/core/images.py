@@ -31,9 +31,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
+from app.core.resizing import Interpolation, crop_centre, resize
 from app.errors import ImageTooLargeError, UndecodableImageError, UnsupportedImageError
 
 # Pillow's own bomb check cannot name the image's size; read_header checks every image instead.
@@ -182,7 +181,7 @@ class Preprocessing(BaseModel):
 
     resize: int = Field(gt=0, description="Length of the shorter side after scaling, in pixels.")
     crop: int = Field(gt=0, description="Side of the centre crop, in pixels.")
-    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     antialias: bool = True
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -225,14 +224,11 @@ class Preprocessing(BaseModel):
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         if min(image.shape[1:]) != self.resize:
             self.scaled_pixels(image.shape[2], image.shape[1])
-            image = transforms.resize(
-                image,
-                [self.resize],
-                interpolation=InterpolationMode(self.interpolation),
-                antialias=self.antialias,
+            image = resize(
+                image, self.resize, interpolation=self.interpolation, antialias=self.antialias
             )
         if image.shape[1:] != (self.crop, self.crop):
-            image = transforms.center_crop(image, [self.crop, self.crop])
+            image = crop_centre(image, self.crop)
         return image.contiguous()
 
     def normalise(self, images: Tensor) -> Tensor:

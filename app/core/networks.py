@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-import torchvision
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -146,7 +145,7 @@ def default_labels(architecture: Architecture, *, classes: int) -> tuple[str, ..
     if architecture.family == "cifar":
         labels = CIFAR10_LABELS
     elif architecture.family == "torchvision":
-        published = torchvision.models.get_model_weights(architecture.name)
+        published = _torchvision_models().get_model_weights(architecture.name)
         labels = tuple(next(iter(published)).meta["categories"])
     return labels if len(labels) == classes else tuple(f"class {i}" for i in range(classes))
 
@@ -173,11 +172,13 @@ def _build_torchvision(name: str, **arguments: Any) -> nn.Module:
     if name in ("googlenet", "inception_v3"):
         # Their auxiliary heads exist for training alone, and slow initialisation warns.
         arguments = {"init_weights": False, "aux_logits": False} | arguments
-    return cast(nn.Module, torchvision.models.get_model(name, weights=None, **arguments))
+    network = _torchvision_models().get_model(name, weights=None, **arguments)
+    return cast(nn.Module, network)
 
 
 def _check_torchvision(name: str) -> None:
-    if name not in torchvision.models.list_models(module=torchvision.models):
+    models = _torchvision_models()
+    if name not in models.list_models(module=models):
         raise NetworkError(f"torchvision/{name} is not one of torchvision's classifiers")
 
 
@@ -204,6 +205,11 @@ _BUILDERS: Final[Mapping[str, Callable[..., nn.Module]]] = {
 }
 
 
+def _torchvision_models() -> Any:
+    # Not at the top: its import takes as long as torch's, and few services have a network of its.
+    return importlib.import_module("torchvision.models")
+
+
 def _timm() -> Any:
     try:
         return importlib.import_module("timm")
@@ -213,7 +219,7 @@ def _timm() -> Any:
 
 def _torchvision_preprocessing(name: str) -> Preprocessing:
     _check_torchvision(name)
-    preset = next(iter(torchvision.models.get_model_weights(name))).transforms()
+    preset = next(iter(_torchvision_models().get_model_weights(name))).transforms()
     return Preprocessing(
         resize=preset.resize_size[0],
         crop=preset.crop_size[0],
