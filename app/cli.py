@@ -200,6 +200,12 @@ def _add_calibrate(commands: Any) -> None:
     parser.add_argument("--batch-size", type=_at_least(1), default=64, metavar="N")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="what the network computes in, here and wherever the bundle serves",
+    )
+    parser.add_argument(
         "--no-report", action="store_true", help="write no report.html beside the bundle"
     )
     _add_ray(parser)
@@ -242,6 +248,7 @@ def _calibrate(options: argparse.Namespace) -> None:
                 max_images=options.max_images,
                 batch_size=options.batch_size,
                 device=options.device,
+                dtype=options.dtype,
                 has_report=has_report,
             ),
             _store(_offline_settings(options)),

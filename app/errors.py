@@ -15,7 +15,8 @@
     │   ├── ActivationError          a bundle cannot serve; what answered before still does
     │   └── EngineError              an engine cannot run the bundle, or scores otherwise
     │       ├── NoEngineError        the engine, or its exporter, is not installed
-    │       └── NoGraphsError        nothing was exported for the engine
+    │       ├── NoGraphsError        nothing was exported for the engine
+    │       └── UnfitEngineError     the engine does not run networks of this kind
     ├── ReviewError                  a review queue cannot be exported as it is
     ├── SettingsError                a setting is unknown or out of bounds
     └── ServingError                 a request cannot be answered now, or ever
@@ -95,6 +96,10 @@ class NoEngineError(EngineError):
 
 class NoGraphsError(EngineError):
     """The bundle has no graphs for the engine."""
+
+
+class UnfitEngineError(EngineError):
+    """The engine does not run networks of the bundle's kind."""
 
 
 class SettingsError(NormGateError):

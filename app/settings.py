@@ -79,8 +79,8 @@ class Settings(BaseSettings):
     )
     engine: Literal["auto", "torch", "onnxruntime"] = Field(
         "auto",
-        description="what runs networks on the CPU: torch, onnxruntime, or auto: the latter where "
-        "it is installed, a bundle was exported and the scores agree",
+        description="what runs networks: torch, onnxruntime, or auto: on the CPU the latter where "
+        "it is installed, a bundle was exported and the scores agree; on GPUs torch's CUDA graphs",
     )
     heartbeat_s: float = Field(
         30, gt=0, description="longest a batch may take before the service is called unready"

@@ -26,6 +26,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from app.core.cuda_graphs import CudaRecorder
 from app.core.detector import ClassLevels, Detector, check_agreement
 from app.core.graph_files import read_graphs
 from app.core.images import REFERENCE_JPEG, Decoder, Preprocessing, installed_decoder
@@ -35,9 +36,17 @@ from app.core.networks import Architecture, build, load_weights
 from app.core.norm_ratio import BlockSelection
 from app.core.onnx_engine import OnnxEngine
 from app.core.onnx_graph import Graphs
+from app.core.precision import Dtype, compute_in, dtype_of, on_device
+from app.core.recorded_engine import Recorder, batch_sizes
 from app.core.scores import SCORES_WITH_HEAD, ScoreName
 from app.core.threshold import Threshold
-from app.errors import BundleError, BundleNotFoundError, EngineError, NetworkError
+from app.errors import (
+    BundleError,
+    BundleNotFoundError,
+    EngineError,
+    NetworkError,
+    UnfitEngineError,
+)
 from app.storage import BUNDLE_FILE as BUNDLE_FILE
 from app.storage import GRAPHS_FOLDER as GRAPHS_FOLDER
 from app.storage import POINTER_FILE, FolderStorage, Storage
@@ -47,7 +56,7 @@ DEFAULT_CACHE: Final = Path("~/.cache/normgate")
 CALIBRATION_SCORES_KEY: Final = "normgate.calibration_scores"
 CALIBRATION_CLASSES_KEY: Final = "normgate.calibration_classes"
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-GOLDEN_TOLERANCE: Final = 1e-3
+GOLDEN_TOLERANCE: Final[Mapping[Dtype, float]] = {"float32": 1e-3, "bfloat16": 1e-2}
 """Largest relative difference between the golden score stored and the one a machine computes."""
 
 _LIBRARIES: Final = ("torch", "torchvision", "simplejpeg", "pillow", "numpy", "scipy")
@@ -106,7 +115,7 @@ class Bundle(_Part):
     architecture: Architecture
     labels: tuple[str, ...]
     preprocessing: StoredPreprocessing
-    dtype: Literal["float32"]
+    dtype: Dtype = Field(description="What the network computes in, here and in calibration.")
     block: str
     norm_ratios: BlockSelection
     jigsaw: JigsawOptions
@@ -175,7 +184,7 @@ class LoadedBundle:
             if bundle.block not in dict(network.named_modules()):
                 raise NetworkError(f"{bundle.architecture.id} has no block {bundle.block!r}")
             detector = Detector(
-                network.to(device),
+                on_device(compute_in(network, bundle.dtype), device),
                 block=bundle.norm_ratios.selected,
                 preprocessing=bundle.preprocessing,
                 score=bundle.score,
@@ -188,7 +197,7 @@ class LoadedBundle:
         except NetworkError as error:
             raise BundleError(f"{_title(bundle)}: {error}") from error
         score, classes = reference_score(detector, bundle.preprocessing)
-        if not math.isclose(score, bundle.golden_score, rel_tol=GOLDEN_TOLERANCE):
+        if not math.isclose(score, bundle.golden_score, rel_tol=GOLDEN_TOLERANCE[bundle.dtype]):
             raise BundleError(
                 f"{_title(bundle)}: the reference image scores {score:.6g} here, but "
                 f"{bundle.golden_score:.6g} when the bundle was made; the threshold is void"
@@ -212,10 +221,11 @@ class LoadedBundle:
             threads: of a forward pass; torch's by default.
 
         Raises:
-            EngineError: ONNX Runtime is not installed, there are no graphs or damaged ones, or
-                the scores differ.
+            EngineError: ONNX Runtime is not installed or does not run the bundle's dtype, there
+                are no graphs or damaged ones, or the scores differ.
         """
         try:
+            check_fits_onnxruntime(self.bundle)
             if graphs is None:
                 if self.folder is None:
                     raise EngineError("the bundle has no folder to read graphs from")
@@ -228,6 +238,40 @@ class LoadedBundle:
         except Exception as error:  # a graph may fail when it runs, in any way
             reason = " ".join(str(error).split())
             raise EngineError(f"{_title(self.bundle)}: onnxruntime failed: {reason}") from error
+        return other
+
+    def on_cuda_graphs(self, detector: Detector, *, device: str, batch_size: int) -> Detector:
+        """A detector like one of :meth:`detector` on a GPU, whose passes are recorded as graphs.
+
+        Raises:
+            EngineError: as of :meth:`recorded`.
+        """
+        side = self.bundle.preprocessing.crop
+        return self.recorded(
+            detector,
+            lambda: CudaRecorder(torch.device(device), size=batch_size, side=side),
+        )
+
+    def recorded(self, detector: Detector, make_recorder: Callable[[], Recorder]) -> Detector:
+        """A detector like the one given, whose passes are recorded and replayed.
+
+        It has scored batches of every size it recorded as that one did.
+
+        Raises:
+            EngineError: the passes cannot be recorded, or the scores differ.
+        """
+        try:
+            recorder = make_recorder()
+            other = detector.recorded(recorder)
+            images = _agreement_images(self.bundle.preprocessing)
+            for size in batch_sizes(len(recorder.inputs)):
+                batch = images.repeat(1 + size // len(images), 1, 1, 1)[:size]
+                check_agreement(other, detector, batch, dtype=self.bundle.dtype)
+        except EngineError as error:
+            raise type(error)(f"{_title(self.bundle)}: {error}") from error
+        except RuntimeError as error:  # of torch, or of CUDA below it
+            reason = str(error).partition("\n")[0]
+            raise EngineError(f"{_title(self.bundle)}: recording failed: {reason}") from error
         return other
 
     def _class_levels(self) -> ClassLevels | None:
@@ -408,8 +452,8 @@ class Store:
 
         Raises:
             BundleNotFoundError: there is no such bundle.
-            BundleError: a hash differs, a file is damaged, the decoder gives other pixels, or
-                the architecture's code may not be run.
+            BundleError: a hash differs, a file is damaged, the decoder gives other pixels, the
+                weights are of another dtype, or the architecture's code may not be run.
         """
         bundle, description = self._read(name, version)
         architecture = bundle.architecture
@@ -423,6 +467,7 @@ class Store:
         scores = weights.pop(CALIBRATION_SCORES_KEY, torch.empty(0)).numpy()
         stored_classes = weights.pop(CALIBRATION_CLASSES_KEY, None)
         classes = None if stored_classes is None else stored_classes.numpy()
+        _check_dtype(bundle, weights)
         _check_calibration(bundle, scores)
         _check_classes(bundle, scores, classes)
         return LoadedBundle(
@@ -537,6 +582,19 @@ def reference_score(detector: Detector, preprocessing: Preprocessing) -> tuple[f
     return float(detections.scores[0]), detections.logits.shape[1]
 
 
+def check_fits_onnxruntime(bundle: Bundle) -> None:
+    """Return when ONNX Runtime can run networks of the bundle's dtype.
+
+    Raises:
+        UnfitEngineError: it cannot.
+    """
+    if bundle.dtype != "float32":
+        # Its CPU kernels for convolutions are in float32: another dtype, another threshold.
+        raise UnfitEngineError(
+            f"dtype is {bundle.dtype}; onnxruntime runs networks of dtype float32 alone"
+        )
+
+
 def _agreement_images(preprocessing: Preprocessing) -> Tensor:
     """The reference image, a puzzle of it, and noise: ``[3, 3, crop, crop]`` uint8."""
     image = load_image(REFERENCE_JPEG.read_bytes(), preprocessing)
@@ -575,6 +633,15 @@ def _check_decoder(bundle: Bundle) -> None:
         raise BundleError(
             f"{_title(bundle)} was calibrated on pixels decoded by {recorded.jpeg}; "
             f"{installed.jpeg} decodes to other pixels, which voids the threshold"
+        )
+
+
+def _check_dtype(bundle: Bundle, weights: Mapping[str, Tensor]) -> None:
+    stored = dtype_of(weights)
+    if stored != bundle.dtype:
+        raise BundleError(
+            f"{_title(bundle)}: dtype is {bundle.dtype}, but its weights are {stored}; a "
+            f"threshold belongs to a dtype: calibrate with --dtype {bundle.dtype}"
         )
 
 

@@ -1,6 +1,7 @@
 """Drawn image folders and a tiny calibrated bundle, made once for all tests."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,4 +46,12 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_options: Calibrati
     """A store that holds ``tiny/1``; tests read it and change copies."""
     store = Store(tmp_path_factory.mktemp("store"))
     calibrate(tiny_options, store, progress=silent)
+    return store
+
+
+@pytest.fixture(scope="session")
+def half_store(tmp_path_factory: pytest.TempPathFactory, tiny_options: CalibrationOptions) -> Store:
+    """A store that holds ``tiny/1`` calibrated in bfloat16."""
+    store = Store(tmp_path_factory.mktemp("half"))
+    calibrate(replace(tiny_options, dtype="bfloat16"), store, progress=silent)
     return store

@@ -1,13 +1,22 @@
 """What a GPU must not change."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from app.core.blocks import Block
 from app.core.cuda import PinnedCopies
+from app.core.cuda_graphs import CudaRecorder
+from app.core.detector import BATCH_TOLERANCE
+from app.core.engines import TorchEngine
 from app.core.images import load
-from app.store import Store
+from app.core.networks import CIFAR_PREPROCESSING
+from app.core.recorded_engine import RecordedEngine
+from app.errors import UnfitEngineError
+from app.store import GOLDEN_TOLERANCE, Store
+from tests.core.test_engines import Undecided
 from tests.pictures import jpeg
 
 STORE = Path(__file__).resolve().parents[1] / "model_store"
@@ -42,8 +51,84 @@ def test_copies_arrive_whole() -> None:
         assert torch.equal(received.cpu(), sent)
 
 
+def test_scores_in_bfloat16_on_a_gpu(half_store: Store) -> None:
+    """A bundle in bfloat16 that was made on the CPU scores alike on a GPU, channels last."""
+    loaded = half_store.load("tiny")
+    images = torch.stack([load(jpeg(seed), loaded.bundle.preprocessing) for seed in range(64)])
+
+    detector = loaded.detector(device="cuda:0")
+
+    weight = detector.network.get_parameter("layer1.0.conv1.weight")
+    assert weight.dtype == torch.bfloat16
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert detector.detect(images).scores == pytest.approx(
+        loaded.detector().detect(images).scores, rel=GOLDEN_TOLERANCE["bfloat16"]
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny_store", "half_store"])
+def test_graphs_score_alike(request: pytest.FixtureRequest, name: str) -> None:
+    """Batches of every size, whole and gate, one after the other, score as without graphs."""
+    loaded = request.getfixturevalue(name).load("tiny")
+    images = torch.stack([load(jpeg(seed), loaded.bundle.preprocessing) for seed in range(13)])
+    detector = loaded.detector(device="cuda:0")
+    recorded = loaded.on_cuda_graphs(detector, device="cuda:0", batch_size=12)
+    tolerance = BATCH_TOLERANCE[loaded.bundle.dtype]
+
+    assert recorded.engine == "cuda_graphs"
+    for size in [*range(1, 14), 3, 12, 1]:
+        expected = detector.detect(images[:size])
+        found = recorded.detect(images[:size])
+        assert found.scores == pytest.approx(expected.scores, rel=tolerance)
+        assert found.logits.shape == expected.logits.shape
+        assert recorded.judge(images[:size]).scores == pytest.approx(found.scores, rel=tolerance)
+
+
+def test_graphs_are_replayed_by_another_thread(tiny_store: Store) -> None:
+    """What the loading thread recorded a worker replays, while a second version is recorded."""
+    loaded = tiny_store.load("tiny")
+    images = torch.stack([load(jpeg(seed), loaded.bundle.preprocessing) for seed in range(8)])
+    detector = loaded.detector(device="cuda:0")
+    recorded = loaded.on_cuda_graphs(detector, device="cuda:0", batch_size=8)
+    expected = detector.detect(images).scores
+
+    with ThreadPoolExecutor() as threads:
+        answers = threads.submit(lambda: [recorded.detect(images).scores for _ in range(200)])
+        loaded.on_cuda_graphs(loaded.detector(device="cuda:0"), device="cuda:0", batch_size=8)
+
+        for scores in answers.result(timeout=60):
+            assert scores == pytest.approx(expected, rel=BATCH_TOLERANCE["float32"])
+
+
+def test_a_network_that_cannot_be_recorded() -> None:
+    """It is refused before anything is captured, and the next network can be recorded."""
+    device, block = torch.device("cuda:0"), Block("maps", "maps")
+    engine = TorchEngine(
+        Undecided().eval().to(device), block=block, preprocessing=CIFAR_PREPROCESSING
+    )
+
+    with pytest.raises(UnfitEngineError, match="depends on its images' values"):
+        RecordedEngine(engine, CudaRecorder(device, size=4, side=32))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_each_gpu_has_its_own(tiny_store: Store) -> None:
+    """Two devices hold a network and graphs each, and score alike."""
+    loaded = tiny_store.load("tiny")
+    images = torch.stack([load(jpeg(seed), loaded.bundle.preprocessing) for seed in range(4)])
+
+    first, second = (
+        loaded.on_cuda_graphs(loaded.detector(device=device), device=device, batch_size=4)
+        for device in ("cuda:0", "cuda:1")
+    )
+
+    assert first.detect(images).scores == pytest.approx(
+        second.detect(images).scores, rel=BATCH_TOLERANCE["float32"]
+    )
+
+
 def test_convolutions_run_in_whole_fp32() -> None:
-    """A detector on a GPU turns TF32 off: the bundle's dtype is float32."""
+    """A network on a GPU turns TF32 off: the bundle's dtype is float32."""
     Store(STORE).load("cifar10-resnet18").detector(device="cuda:0")
 
     assert not torch.backends.cudnn.allow_tf32

@@ -416,6 +416,39 @@ def test_other_calibration_scores_are_refused(
         store.load("tiny")
 
 
+@pytest.mark.parametrize(
+    ("stored", "claimed", "message"),
+    [
+        ("tiny_store", "bfloat16", "dtype is bfloat16, but its weights are float32"),
+        ("half_store", "float32", "dtype is float32, but its weights are bfloat16"),
+        ("tiny_store", "float16", "dtype: Input should be 'float32' or 'bfloat16'"),
+    ],
+)
+def test_another_dtype_is_refused(
+    request: pytest.FixtureRequest, tmp_path: Path, stored: str, claimed: str, message: str
+) -> None:
+    """A threshold belongs to the dtype it was set in: a bundle runs in no other."""
+    shutil.copytree(request.getfixturevalue(stored).root, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    edit(store, lambda document: document.update(dtype=claimed))
+
+    with pytest.raises(BundleError, match=message):
+        store.load("tiny")
+
+
+@pytest.mark.parametrize(("stored", "factor"), [("tiny_store", 1.002), ("half_store", 1.03)])
+def test_the_golden_score_of_each_dtype(
+    request: pytest.FixtureRequest, tmp_path: Path, stored: str, factor: float
+) -> None:
+    """A reference image that scores further off than the dtype explains voids the threshold."""
+    shutil.copytree(request.getfixturevalue(stored).root, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    edit(store, lambda document: document.update(golden_score=document["golden_score"] * factor))
+
+    with pytest.raises(BundleError, match="the threshold is void"):
+        store.load("tiny").detector()
+
+
 def class_threshold(store: Store) -> dict[str, Any]:
     """A threshold for class 0 of ``tiny/1``, on the assumption that all images are of it."""
     threshold = json.loads((folder_of(store) / BUNDLE_FILE).read_text())["threshold"]

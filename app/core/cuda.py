@@ -1,4 +1,4 @@
-"""What a GPU needs beside torch's defaults: batches that arrive early, and whole fp32."""
+"""Batches that arrive on a GPU early."""
 
 from typing import Final
 
@@ -24,6 +24,18 @@ class PinnedCopies:
 
     def to_device(self, images: Tensor) -> Tensor:
         """The images on the device, ready for the current stream."""
+        with torch.cuda.stream(self._stream):
+            arrived = torch.empty(images.shape, dtype=torch.uint8, device=self._device)
+        self.fill(arrived, images)
+        # Its memory belongs to the copying stream: without this it could be given out again there.
+        arrived.record_stream(torch.cuda.current_stream(self._device))
+        return arrived
+
+    def fill(self, arrived: Tensor, images: Tensor) -> None:
+        """Copy images to a tensor on the device, for the current stream to read.
+
+        Nothing that runs on the device may still read what the tensor held.
+        """
         self._slot = slot = (self._slot + 1) % _SLOTS
         # The buffer may still be read by the copy before the last.
         self._copied[slot].synchronize()
@@ -31,19 +43,6 @@ class PinnedCopies:
             self._buffers[slot] = torch.empty(images.numel(), dtype=torch.uint8).pin_memory()
         pinned = self._buffers[slot][: images.numel()].view(images.shape).copy_(images)
         with torch.cuda.stream(self._stream):
-            arrived = pinned.to(self._device, non_blocking=True)
+            arrived.copy_(pinned, non_blocking=True)
             self._copied[slot].record(self._stream)
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(self._copied[slot])
-        # Its memory belongs to the copying stream: without this it could be given out again there.
-        arrived.record_stream(current)
-        return arrived
-
-
-def use_whole_fp32() -> None:
-    """Let convolutions keep all 23 bits of the mantissa, in this process.
-
-    By default recent GPUs run them in TF32, with 10: another dtype than the one on the CPU, and a
-    threshold belongs to a dtype.
-    """
-    torch.backends.cudnn.allow_tf32 = False
+        torch.cuda.current_stream(self._device).wait_event(self._copied[slot])

@@ -1,6 +1,7 @@
 """A calibrated classifier: logits, FeatureNorm, p-value and verdict from one forward pass."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, Self, cast
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from app.core.blocks import Block
 from app.core.engines import Engine, EngineName, TorchEngine
 from app.core.images import Preprocessing
+from app.core.precision import Dtype
+from app.core.recorded_engine import RecordedEngine, Recorder
 from app.core.scores import (
     SCORES,
     SCORES_WITH_HEAD,
@@ -23,14 +26,15 @@ from app.core.scores import (
 from app.core.threshold import p_values
 from app.errors import EngineError, NetworkError
 
-BATCH_TOLERANCE: Final = 1e-4
-"""Largest relative difference of one image's score between batches of different size, in fp32.
+BATCH_TOLERANCE: Final[Mapping[Dtype, float]] = {"float32": 1e-4, "bfloat16": 5e-3}
+"""Largest relative difference of one image's score between batches of different size.
 
-Convolution kernels are chosen by batch size and sum in another order.
+Convolution kernels are chosen by batch size and sum in another order; bfloat16 then rounds to
+8 bits.
 """
-ENGINE_TOLERANCE: Final = 1e-4
-"""Largest relative difference of one image's score between two engines, in fp32."""
-LOGIT_TOLERANCE: Final = 1e-3
+ENGINE_TOLERANCE: Final[Mapping[Dtype, float]] = {"float32": 1e-4, "bfloat16": 5e-3}
+"""Largest relative difference of one image's score between two engines."""
+LOGIT_TOLERANCE: Final[Mapping[Dtype, float]] = {"float32": 1e-3, "bfloat16": 3e-2}
 """Largest difference of a logit between two engines, relative to the largest of its image."""
 
 
@@ -151,10 +155,26 @@ class Detector:
         """A detector with the same levels on another engine; the torch network is let go of.
 
         Whether it agrees with this one is for :func:`check_agreement` to say.
+
+        Args:
+            engine: its outputs lie on the CPU.
         """
         other = copy.copy(self)
         other._engine, other._network = engine, None
+        other._head_bias = None if self._head_bias is None else self._head_bias.cpu()
         return other
+
+    def recorded(self, recorder: Recorder) -> Self:
+        """A detector like this one whose forward passes are recorded once and then replayed.
+
+        Args:
+            recorder: of this detector's device.
+
+        Raises:
+            UnfitEngineError: what the network does depends on the images' values.
+        """
+        assert isinstance(self._engine, TorchEngine)
+        return self.on_engine(RecordedEngine(self._engine, recorder))
 
     @torch.inference_mode()
     def detect(self, images: Tensor) -> Detections:
@@ -242,7 +262,9 @@ class Detector:
 
 
 @torch.inference_mode()
-def check_agreement(detector: Detector, reference: Detector, images: Tensor) -> None:
+def check_agreement(
+    detector: Detector, reference: Detector, images: Tensor, *, dtype: Dtype = "float32"
+) -> None:
     """Return when two detectors score some images alike, together, and the first by itself.
 
     A score may differ by ``ENGINE_TOLERANCE`` of itself or of the threshold, whichever is larger
@@ -254,43 +276,37 @@ def check_agreement(detector: Detector, reference: Detector, images: Tensor) -> 
         detector: on the engine in question.
         reference: on the engine that the threshold was set with.
         images: ``[B, 3, crop, crop]`` uint8.
+        dtype: what both compute in; the tolerances are its.
 
     Raises:
         EngineError: they differ; the message says by how much.
     """
     together, truth = detector.detect(images), reference.detect(images)
     alone, first = detector.detect(images[:1]), slice(0, 1)
-    _check_scores("in a batch", together.scores, truth.scores, truth.thresholds)
-    _check_scores("alone", alone.scores, truth.scores[first], truth.thresholds[first])
-    _check_scores("at the block", detector.judge(images).scores, truth.scores, truth.thresholds)
-    gated = detector.judge(images[:1])
-    _check_scores("alone at the block", gated.scores, truth.scores[first], truth.thresholds[first])
-    _check_logits(together.logits, truth.logits)
-    _check_logits(alone.logits, truth.logits[first])
-    # Whatever the score is, the answers tell the norm too.
-    _check_norms(together.feature_norms, truth.feature_norms)
-    _check_norms(alone.feature_norms, truth.feature_norms[first])
+    limit = ENGINE_TOLERANCE[dtype]
+    for run, found, rows in (
+        ("in a batch", together, slice(None)),
+        ("alone", alone, first),
+        ("at the block", detector.judge(images), slice(None)),
+        ("alone at the block", detector.judge(images[:1]), first),
+    ):
+        scale = _score_scale(truth.scores[rows], truth.thresholds[rows])
+        _check(f"a score {run}", found.scores, truth.scores[rows], scale, "itself", limit=limit)
+    for found, rows in ((together, slice(None)), (alone, first)):
+        logits, norms = truth.logits[rows], truth.feature_norms[rows]
+        scale = np.abs(logits).max(axis=1, keepdims=True)
+        largest = "the largest"
+        _check("a logit", found.logits, logits, scale, largest, limit=LOGIT_TOLERANCE[dtype])
+        # Whatever the score is, the answers tell the norm too.
+        scale = norms.max(keepdims=True)
+        _check("a FeatureNorm", found.feature_norms, norms, scale, largest, limit=limit)
 
 
-def _check_scores(
-    run: str,
-    found: NDArray[np.float32],
-    expected: NDArray[np.float32],
-    thresholds: NDArray[np.float32],
-) -> None:
+def _score_scale(
+    scores: NDArray[np.float32], thresholds: NDArray[np.float32]
+) -> NDArray[np.float32]:
     finite = np.where(np.isfinite(thresholds), np.abs(thresholds), 0)
-    scale = np.maximum(np.abs(expected), finite)
-    _check(f"a score {run}", found, expected, scale, of="itself", limit=ENGINE_TOLERANCE)
-
-
-def _check_logits(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-    scale = np.abs(expected).max(axis=1, keepdims=True)
-    _check("a logit", found, expected, scale, of="the largest", limit=LOGIT_TOLERANCE)
-
-
-def _check_norms(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-    scale = expected.max(keepdims=True)
-    _check("a FeatureNorm", found, expected, scale, of="the largest", limit=ENGINE_TOLERANCE)
+    return np.maximum(np.abs(scores), finite)
 
 
 def _check(
@@ -298,8 +314,8 @@ def _check(
     found: NDArray[np.float32],
     expected: NDArray[np.float32],
     scale: NDArray[np.float32],
-    *,
     of: str,
+    *,
     limit: float,
 ) -> None:
     """Return when no difference is more than ``limit`` of the scale."""

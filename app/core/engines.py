@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from app.core.blocks import Block, BlockNorms
-from app.core.cuda import PinnedCopies, use_whole_fp32
+from app.core.cuda import PinnedCopies
 from app.core.images import Preprocessing
 
-EngineName = Literal["torch", "onnxruntime"]
+EngineName = Literal["torch", "onnxruntime", "cuda_graphs"]
 
 
 @dataclass(frozen=True)
@@ -65,28 +65,33 @@ class TorchEngine:
     ) -> None:
         self._norms = BlockNorms(network, [block])
         self._block = block
-        self._preprocessing = preprocessing
         self._head = head
         device = next(network.parameters()).device
+        self._normalise = preprocessing.normaliser(device)
         self._to_device: Callable[[Tensor], Tensor] = lambda images: images.to(device)
         if device.type == "cuda":
-            use_whole_fp32()
             self._to_device = PinnedCopies(device).to_device
 
     @torch.inference_mode()
     def run(self, images: Tensor) -> Outputs:
         """As :meth:`Engine.run`."""
-        inputs, features = self._inputs(images), None
-        if self._head is not None:
-            logits, norms, features = self._norms.run_with_features(inputs, head=self._head)
-        else:
-            logits, norms = self._norms.run(inputs)
-        return Outputs(norms[self._block.name], logits, features)
+        return Outputs(*self.forward(self._to_device(images)))
 
     @torch.inference_mode()
     def run_to_block(self, images: Tensor) -> Tensor:
         """As :meth:`Engine.run_to_block`, the same to the bit."""
-        return self._norms.run_to_last_block(self._inputs(images))[self._block.name]
+        [norms] = self.forward_to_block(self._to_device(images))
+        return norms
 
-    def _inputs(self, images: Tensor) -> Tensor:
-        return self._preprocessing.normalise(self._to_device(images))
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What :class:`Outputs` is made of, from images on the device; waits for no result."""
+        inputs = self._normalise(images)
+        if self._head is None:
+            logits, norms = self._norms.run(inputs)
+            return norms[self._block.name], logits
+        logits, norms, features = self._norms.run_with_features(inputs, head=self._head)
+        return norms[self._block.name], logits, features
+
+    def forward_to_block(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The FeatureNorms alone, likewise."""
+        return (self._norms.run_to_last_block(self._normalise(images))[self._block.name],)

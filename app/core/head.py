@@ -29,7 +29,8 @@ def find_head(network: nn.Module, images: Tensor) -> str:
                 hooks.callback(module.register_forward_hook(_recorder(outputs, name)).remove)
         logits: Tensor = network(images)
     for name, output in reversed(outputs.items()):
-        if output.shape == logits.shape and torch.equal(output, logits):
+        # The network may give in float32 what it computed in another dtype.
+        if output.shape == logits.shape and torch.equal(output.float(), logits.float()):
             return name
     raise NetworkError(
         f"{type(network).__name__} does not end in one linear layer: there is no last feature "

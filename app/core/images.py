@@ -240,9 +240,13 @@ class Preprocessing(BaseModel):
         Returns:
             ``[B, 3, H, W]`` float32 on the same device: scaled to 0..1, minus mean, over std.
         """
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
-        return (images.float() / 255 - mean) / std
+        return self.normaliser(images.device)(images)
+
+    def normaliser(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """:meth:`normalise` for images on one device, where its numbers lie already."""
+        mean = torch.tensor(self.mean, device=device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=device).view(3, 1, 1)
+        return lambda images: (images.float() / 255 - mean) / std
 
 
 def load(

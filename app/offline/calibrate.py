@@ -27,6 +27,7 @@ from app.core.networks import (
     read_weights,
 )
 from app.core.norm_ratio import BlockSelection, image_norm_ratios, select_block
+from app.core.precision import Dtype, compute_in, on_device
 from app.core.scores import SCORES_WITH_HEAD, ScoreName
 from app.core.threshold import (
     DEFAULT_ALPHA,
@@ -75,6 +76,7 @@ class CalibrationOptions:
     labels: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
     blocks: str | None = None
+    dtype: Dtype = "float32"
     score: ScoreName = "feature_norm"
     alpha: float = DEFAULT_ALPHA
     guarantee: Guarantee = "conformal"
@@ -173,7 +175,7 @@ def build_network(options: CalibrationOptions, *, device: str) -> nn.Module:
             "structure alone"
         )
     try:
-        return network.to(device)
+        return on_device(compute_in(network, options.dtype), device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise NetworkError(f"device {device} cannot be used: {reason}") from error
@@ -240,7 +242,7 @@ class NormWork:
 
     @cached_property
     def _norms(self) -> BlockNorms:
-        return BlockNorms(self.network.to(self.device), self.blocks)
+        return BlockNorms(on_device(self.network, self.device), self.blocks)
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ class ScoreWork:
     def detector(self, scores: NDArray[np.float32], threshold: float) -> Detector:
         """One with a threshold."""
         return Detector(
-            self.network.to(self.device),
+            on_device(self.network, self.device),
             block=self.block,
             preprocessing=self.preprocessing,
             score=self.score,
@@ -309,7 +311,8 @@ class _Run:
         except (RuntimeError, ValueError, AssertionError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise NetworkError(
-                f"{options.architecture.id} cannot run on {side}x{side} pixels: {reason}"
+                f"{options.architecture.id} cannot run on {side}x{side} pixels in "
+                f"{options.dtype}: {reason}"
             ) from error
         self._labels = _labels(options, classes=_count_classes(self.network, inputs))
         self._head: str | None = None
@@ -378,7 +381,7 @@ class _Run:
             preprocessing=StoredPreprocessing(
                 **self._preprocessing.model_dump(), decoder=installed_decoder()
             ),
-            dtype="float32",
+            dtype=options.dtype,
             block=selection.selected.name,
             norm_ratios=selection,
             jigsaw=JigsawOptions(tiles=TILES, edge=options.edge, seed=options.seed),

@@ -7,7 +7,7 @@ from app.core.graph_files import write_graphs
 from app.core.onnx_graph import export_graphs
 from app.core.scores import SCORES_WITH_HEAD
 from app.errors import EngineError
-from app.store import GRAPHS_FOLDER, LoadedBundle
+from app.store import GRAPHS_FOLDER, LoadedBundle, check_fits_onnxruntime
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ def export(loaded: LoadedBundle) -> Export:
     bundle = loaded.bundle
     if loaded.folder is None:
         raise EngineError(f"bundle {bundle.name}/{bundle.version} lies in no folder")
+    check_fits_onnxruntime(bundle)
     detector = loaded.detector()
     graphs = export_graphs(
         detector.network,

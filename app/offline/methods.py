@@ -1,5 +1,6 @@
 """The methods FeatureNorm is compared with: pytorch-ood's wherever it has the detector."""
 
+import copy
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -80,7 +81,7 @@ class Methods:
             rescaled = SelectedNormNetwork(network, block=block, head=head)
             self._selected_norm_odin = self._make_odin(rescaled, std)
             gradnorm = self._detectors.GradNorm(
-                _linear(network, head), param_filter=lambda name: name == "weight"
+                _in_float32(_linear(network, head)), param_filter=lambda name: name == "weight"
             )
             self._by_feature["gradnorm"] = gradnorm.predict
 
@@ -92,7 +93,7 @@ class Methods:
             labels: their classes ``[N]``.
         """
         assert self._head is not None
-        head = _linear(self._network, self._head)
+        head = _in_float32(_linear(self._network, self._head))
         weight, bias = head.weight.detach().cpu(), _bias(head).cpu()
         size = features.shape[1]
         # Classes as 0, 1, ..: Mahalanobis wants each of them to occur.
@@ -184,6 +185,11 @@ def _linear(network: nn.Module, name: str) -> nn.Linear:
     module = network.get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module
+
+
+def _in_float32(head: nn.Linear) -> nn.Linear:
+    """The layer, for features in float32: a copy where the network computes in another dtype."""
+    return head if head.weight.dtype == torch.float32 else copy.deepcopy(head).float()
 
 
 def _bias(head: nn.Linear) -> Tensor:

@@ -336,6 +336,7 @@ def _facts(bundle: Bundle) -> Table:
             ]
         ),
         "weights, sha256": bundle.weights_sha256,
+        "computes in": bundle.dtype,
         "created": f"{bundle.created:%Y-%m-%d %H:%M} UTC",
         "input": f"{preprocessing.crop} pixels of {preprocessing.resize}, "
         f"{preprocessing.interpolation}; decoded by {preprocessing.decoder.jpeg}",

@@ -27,6 +27,7 @@ from app.errors import (
     NoEngineError,
     NoGraphsError,
     StoreUnavailableError,
+    UnfitEngineError,
 )
 from app.serving.drift import DriftMonitor
 from app.serving.metrics import Metrics, ScoreMetrics, ShadowMetrics
@@ -476,10 +477,13 @@ class ModelPool:
         started = time.monotonic()
         stored = self._read(name, version, store)
         bundle = stored.bundle
-        detectors = {device: self._detector(stored, device) for device in self._devices}
         batch_size, side = self._settings.max_batch_size, bundle.preprocessing.crop
-        if "cpu" in detectors:
+        if "cpu" in self._devices:
             batch_size = min(batch_size, images_a_pass(side))
+        detectors = {
+            device: self._detector(stored, device, batch_size=batch_size)
+            for device in self._devices
+        }
         for detector in detectors.values():
             _warm_up(detector, batch_size=batch_size, side=side)
         drift = DriftMonitor(
@@ -520,15 +524,17 @@ class ModelPool:
             logger.warning("version loaded from the cache", model=name, reason=str(outage))
             return copy
 
-    def _detector(self, stored: LoadedBundle, device: str) -> Detector:
+    def _detector(self, stored: LoadedBundle, device: str, *, batch_size: int) -> Detector:
         """A detector on the engine that the settings want; torch where another cannot run it."""
         detector = stored.detector(device=device)
         wanted = self._settings.engine
-        if wanted == "torch" or (wanted == "auto" and device != "cpu"):
+        if wanted == "torch":
             return detector
-        if device != "cpu":
+        if wanted == "onnxruntime" and device != "cpu":
             raise EngineError(f"onnxruntime runs networks on the CPU, not on {device}")
         try:
+            if device != "cpu":
+                return stored.on_cuda_graphs(detector, device=device, batch_size=batch_size)
             # Its threads do not spin: they take no core from the event loop and the decoders.
             side = stored.bundle.preprocessing.crop
             threads = self._settings.compute_threads or threads_a_pass(side)
@@ -536,7 +542,7 @@ class ModelPool:
         except EngineError as error:
             if wanted == "onnxruntime":
                 raise
-            is_expected = isinstance(error, NoEngineError | NoGraphsError)
+            is_expected = isinstance(error, NoEngineError | NoGraphsError | UnfitEngineError)
             log = logger.info if is_expected else logger.warning
             log("torch runs the network", device=device, reason=str(error))
             return detector

@@ -110,8 +110,10 @@ def in_batches(detector: Detector, images: Tensor, size: int, *, gate: bool = Fa
 
 def assert_alike(found: Verdicts, expected: Verdicts) -> None:
     """Scores within the tolerance; the same verdict wherever the tolerance leaves no doubt."""
-    np.testing.assert_allclose(found.scores, expected.scores, rtol=ENGINE_TOLERANCE, atol=0)
-    is_clear = np.abs(expected.scores / expected.thresholds - 1) > ENGINE_TOLERANCE
+    np.testing.assert_allclose(
+        found.scores, expected.scores, rtol=ENGINE_TOLERANCE["float32"], atol=0
+    )
+    is_clear = np.abs(expected.scores / expected.thresholds - 1) > ENGINE_TOLERANCE["float32"]
     assert is_clear.mean() > 0.99
     np.testing.assert_array_equal(found.is_ood[is_clear], expected.is_ood[is_clear])
     assert 0 < expected.is_ood.sum() < len(expected.is_ood)
@@ -190,7 +192,7 @@ def test_any_batch_size(network: nn.Module, block: Block, graphs: Graphs) -> Non
 
     for size in range(1, 33):
         found = other.detect(images[:size])
-        np.testing.assert_allclose(found.scores, truth[:size], rtol=ENGINE_TOLERANCE)
+        np.testing.assert_allclose(found.scores, truth[:size], rtol=ENGINE_TOLERANCE["float32"])
         assert found.logits.shape == (size, 10)
 
 
@@ -204,7 +206,9 @@ def test_scores_with_a_head(
 
     check_agreement(other, detector, noise(4))
     np.testing.assert_allclose(
-        other.detect(noise(4)).scores, detector.detect(noise(4)).scores, rtol=ENGINE_TOLERANCE
+        other.detect(noise(4)).scores,
+        detector.detect(noise(4)).scores,
+        rtol=ENGINE_TOLERANCE["float32"],
     )
 
 

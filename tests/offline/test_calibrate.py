@@ -21,7 +21,14 @@ from app.core.networks import Architecture, build
 from app.core.scores import SCORES, SCORES_WITH_HEAD, ScoreName
 from app.errors import BundleError, CalibrationError, NetworkError, NormGateError
 from app.offline.calibrate import CalibrationOptions, calibrate
-from app.store import BUNDLE_FILE, CALIBRATION_SCORES_KEY, WEIGHTS_FILE, LoadedBundle, Store
+from app.store import (
+    BUNDLE_FILE,
+    CALIBRATION_SCORES_KEY,
+    WEIGHTS_FILE,
+    LoadedBundle,
+    Store,
+    reference_score,
+)
 from tests.conftest import IMAGES, TINY, draw_images, silent
 
 BLOCKS = [f"layer{stage}.{index}" for stage in (1, 2, 3, 4) for index in (0, 1)]
@@ -135,6 +142,27 @@ def test_the_threshold_is_of_the_detectors_scores(
     np.testing.assert_allclose(loaded.calibration_scores, scores, rtol=1e-4)
     assert loaded.bundle.threshold.value == float(loaded.calibration_scores[4])
     assert sum(bool(detector.detect(image).is_ood[0]) for image in images) == 4
+
+
+def test_a_bundle_in_bfloat16(
+    half_store: Store, tiny_store: Store, tiny_options: CalibrationOptions
+) -> None:
+    """What is stored is what ran, and loaded again it gives every calibration score to the bit."""
+    loaded = half_store.load("tiny")
+    detector = loaded.detector()
+    files = sorted(Path(tiny_options.threshold_images).iterdir())
+    images = [load(file.read_bytes(), loaded.bundle.preprocessing) for file in files]
+
+    detections = detector.detect(torch.stack(images))
+
+    assert (loaded.bundle.dtype, tiny_store.read("tiny").dtype) == ("bfloat16", "float32")
+    assert {tensor.dtype for tensor in loaded.weights.values() if tensor.is_floating_point()} == {
+        torch.bfloat16
+    }
+    np.testing.assert_array_equal(np.sort(detections.scores), loaded.calibration_scores)
+    assert reference_score(detector, loaded.bundle.preprocessing)[0] == loaded.bundle.golden_score
+    assert detections.is_ood.sum() == loaded.bundle.threshold.k - 1
+    assert loaded.bundle.threshold.value != tiny_store.read("tiny").threshold.value
 
 
 def test_the_same_seed_gives_the_same_bytes(

@@ -74,6 +74,22 @@ def test_the_codec_changes_ood_images_alone(
     assert jpeg75.results["energy"]["same"].auroc != pytest.approx(0.5, abs=1e-9)
 
 
+def test_a_bundle_in_bfloat16(half_store: Store, tiny_options: CalibrationOptions) -> None:
+    """Every method measures it, and the false alarms are those of its own threshold."""
+    evaluation = evaluate(
+        half_store.load("tiny"),
+        id_images=Path(tiny_options.threshold_images),
+        ood_images={"drawn": Path(tiny_options.selection_images)},
+        training_images=Path(tiny_options.selection_images),
+        progress=silent,
+        resamples=10,
+    )
+
+    bundle = half_store.read("tiny")
+    assert evaluation.left_out == {}
+    assert evaluation.false_alarm_rate == (bundle.threshold.k - 1) / bundle.threshold.n
+
+
 def test_accuracy_needs_folders_named_after_labels(tiny_store: Store, tmp_path: Path) -> None:
     """It is the share of ID images whose folder names the class with the largest logit."""
     loaded = tiny_store.load("tiny")

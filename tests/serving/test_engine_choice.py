@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+from app.core.detector import Detector
+from app.core.recorded_engine import Pass, Recording
 from app.errors import EngineError
 from app.offline.export import export
 from app.serving.metrics import Metrics
 from app.serving.pool import ModelPool
 from app.settings import Settings
 from app.store import LoadedBundle, Store
+from tests.recorder import EagerRecorder
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,86 @@ def test_onnxruntime_is_not_installed(store: Path, monkeypatch: pytest.MonkeyPat
     assert engine_of(load(store)) == "torch"
     with pytest.raises(EngineError, match=r"tiny/1: onnxruntime is not installed: pip install"):
         load(store, engine="onnxruntime")
+
+
+def test_a_bundle_in_bfloat16(half_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """Torch runs it and the log says why; ONNX Runtime is refused, and so is an export."""
+    assert engine_of(load(half_store.root)) == "torch"
+    assert "onnxruntime runs networks of dtype float32 alone" in capsys.readouterr().out
+    with pytest.raises(EngineError, match=r"^bundle tiny/1: dtype is bfloat16"):
+        load(half_store.root, engine="onnxruntime")
+    with pytest.raises(EngineError, match="dtype is bfloat16"):
+        export(half_store.load("tiny"))
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two GPUs that are none: networks stay on the CPU, and so do their recordings."""
+    on_cpu, made = LoadedBundle.detector, list[str]()
+
+    def detector(self: LoadedBundle, *, device: str) -> Detector:
+        made.append(device)
+        return on_cpu(self)
+
+    def record(self: LoadedBundle, detector: Detector, *, device: str, batch_size: int) -> Detector:
+        side = self.bundle.preprocessing.crop
+        return self.recorded(detector, lambda: EagerRecorder(batch_size, side))
+
+    monkeypatch.setattr(LoadedBundle, "detector", detector)
+    monkeypatch.setattr(LoadedBundle, "on_cuda_graphs", record)
+    return made
+
+
+def test_gpus_replay_recordings(store: Path, gpus: list[str]) -> None:
+    """Each GPU has a detector of its own, recorded for batches as large as the settings allow."""
+    metrics = Metrics()
+    settings = Settings.read({"model_store": store, "max_batch_size": 2})
+    pool = ModelPool(settings, metrics, devices=("cuda:0", "cuda:1"))
+    pool.load()
+
+    detectors = pool.resolve("tiny").detectors
+    assert list(detectors) == gpus == ["cuda:0", "cuda:1"]
+    assert detectors["cuda:0"]._engine is not detectors["cuda:1"]._engine
+    assert engine_of(metrics) == "cuda_graphs"
+
+
+def test_torch_is_asked_for_on_a_gpu(store: Path, gpus: list[str]) -> None:
+    """Nothing is recorded; ONNX Runtime, which runs on the CPU, is refused."""
+    assert engine_of(load(store, devices=("cuda:0",), engine="torch")) == "torch"
+    with pytest.raises(EngineError, match="not on cuda:0"):
+        load(store, devices=("cuda:0",), engine="onnxruntime")
+
+
+def test_passes_that_cannot_be_recorded(
+    store: Path,
+    gpus: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Torch runs the network without recordings, and the log says why."""
+
+    def fail(self: EagerRecorder, run: Pass, size: int) -> Recording:
+        raise RuntimeError("operation not permitted when stream is capturing\nand a page more")
+
+    monkeypatch.setattr(EagerRecorder, "record", fail)
+
+    assert engine_of(load(store, devices=("cuda:0",))) == "torch"
+    log = capsys.readouterr().out
+    assert "recording failed: operation not permitted when stream is capturing" in log
+    assert "and a page more" not in log
+
+
+def test_recordings_that_score_otherwise(
+    store: Path,
+    gpus: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Recordings that forget the images they are given are not used."""
+    monkeypatch.setattr(EagerRecorder, "put", lambda self, images: None)
+
+    assert engine_of(load(store, devices=("cuda:0",))) == "torch"
+    assert "differs from torch's by" in capsys.readouterr().out
 
 
 def test_a_version_let_go_has_no_engine(store: Path) -> None:

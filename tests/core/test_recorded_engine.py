@@ -1,0 +1,140 @@
+"""Recorded passes: the right size, padded with black, cut to the batch, torch's scores."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app.core.blocks import Block, find_blocks
+from app.core.detector import ENGINE_TOLERANCE, check_agreement
+from app.core.engines import TorchEngine
+from app.core.networks import CIFAR_PREPROCESSING, Architecture, build
+from app.core.recorded_engine import RecordedEngine, batch_sizes, check_recordable, size_for
+from app.core.scores import SCORES, ScoreName
+from app.errors import UnfitEngineError
+from tests.core.test_detector import detector_of, pictures
+from tests.recorder import EagerRecorder
+
+LARGEST = 6
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """A small residual network with random weights."""
+    torch.manual_seed(0)
+    return build(Architecture(id="cifar/resnet18", arguments={"width": 4}))
+
+
+@pytest.fixture(scope="module")
+def block(network: nn.Module) -> Block:
+    """A block in the middle."""
+    return find_blocks(network, torch.zeros(1, 3, SIDE, SIDE))[-3]
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12])],
+)
+def test_batch_sizes(largest: int, sizes: list[int]) -> None:
+    """Powers of two, and the largest batch."""
+    assert batch_sizes(largest) == sizes
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 4), (4, 4), (9, 12), (12, 12), (13, None)])
+def test_size_for(count: int, size: int | None) -> None:
+    """The least with room; none for more images than the largest has."""
+    assert size_for(count, batch_sizes(12)) == size
+
+
+def test_the_largest_is_recorded_first(network: nn.Module, block: Block) -> None:
+    """Whole passes and gates, in every size, so that the smaller ones share its memory."""
+    recorder = EagerRecorder(LARGEST, SIDE)
+    RecordedEngine(TorchEngine(network, block=block, preprocessing=CIFAR_PREPROCESSING), recorder)
+
+    assert recorder.recorded == [6, 4, 2, 1] * 2
+
+
+@pytest.mark.parametrize("score", sorted(SCORES))
+def test_scores_are_torchs(network: nn.Module, block: Block, score: ScoreName) -> None:
+    """Of every batch, also of one larger than what was recorded; whole and gate."""
+    recorder = EagerRecorder(LARGEST, SIDE)
+    detector = detector_of(network, block, CIFAR_PREPROCESSING, score)
+    recorded = detector.recorded(recorder)
+    images = pictures(LARGEST + 1)
+    truth = detector.detect(images)
+
+    for count in range(1, LARGEST + 2):
+        found = recorded.detect(images[:count])
+        np.testing.assert_allclose(
+            found.scores, truth.scores[:count], rtol=ENGINE_TOLERANCE["float32"]
+        )
+        assert found.logits.shape == (count, 10)
+        np.testing.assert_allclose(recorded.judge(images[:count]).scores, found.scores, rtol=1e-6)
+    assert recorder.replayed == [size for size in (1, 2, 4, 4, 6, 6) for _ in range(2)]
+    check_agreement(recorded, detector, images)
+    assert recorded.engine == "cuda_graphs"
+
+
+def test_padding_is_black(network: nn.Module, block: Block) -> None:
+    """No image of an earlier batch is computed again beside a smaller one."""
+    recorder = EagerRecorder(4, SIDE)
+    engine = RecordedEngine(
+        TorchEngine(network, block=block, preprocessing=CIFAR_PREPROCESSING), recorder
+    )
+    images = pictures(4)
+
+    engine.run(images)
+    engine.run(images[:3])
+
+    assert torch.equal(recorder.inputs[:3], images[:3])
+    assert not recorder.inputs[3].any()
+
+
+def test_results_outlive_the_next_batch(network: nn.Module, block: Block) -> None:
+    """What one batch was answered does not change with the next."""
+    recorded = detector_of(network, block, CIFAR_PREPROCESSING).recorded(EagerRecorder(2, SIDE))
+    first = recorded.detect(pictures(2))
+    before = first.scores.copy(), first.logits.copy()
+
+    recorded.detect(pictures(2, first=2))
+
+    np.testing.assert_array_equal(first.scores, before[0])
+    np.testing.assert_array_equal(first.logits, before[1])
+
+
+def _by_value(images: Tensor) -> tuple[Tensor, ...]:
+    return (images * 2,) if images.sum() > 0 else (images,)
+
+
+WAITING: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "a branch": _by_value,
+    "a number": lambda images: (images * images.float().mean().item(),),
+    "a mask": lambda images: (images[images > 0],),
+    "a search": lambda images: (images.nonzero(),),
+    "another device": lambda images: (images.to("meta"),),
+}
+STRAIGHT: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "a choice by value": lambda images: (torch.where(images > 0, images, 1),),
+    "positions": lambda images: (images[torch.tensor([0, 0])],),
+    "a slice": lambda images: (images[:, 0, ::2].float().mean(dim=(1, 2)),),
+    "in place": lambda images: (images.float().copy_(torch.ones(2)).relu_(),),
+}
+
+
+@pytest.mark.parametrize("kind", WAITING)
+@pytest.mark.parametrize("inference", [True, False])
+def test_what_cannot_be_recorded(kind: str, inference: bool) -> None:
+    """A pass that waits for a value of its images is refused before it is recorded."""
+    images = torch.ones(1, 3, 2, 2, dtype=torch.uint8)
+
+    with torch.inference_mode(inference), pytest.raises(UnfitEngineError, match="the network"):
+        check_recordable(WAITING[kind], images)
+
+
+@pytest.mark.parametrize("kind", STRAIGHT)
+def test_what_can_be_recorded(kind: str) -> None:
+    """One that does the same whatever they are is not."""
+    check_recordable(STRAIGHT[kind], torch.ones(1, 3, 2, 2, dtype=torch.uint8))
