@@ -26,6 +26,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from app.core.concurrent_engine import ConcurrentEngine
 from app.core.cuda_graphs import CudaRecorder
 from app.core.detector import ClassLevels, Detector, check_agreement
 from app.core.graph_files import read_graphs
@@ -209,7 +210,12 @@ class LoadedBundle:
         return detector
 
     def on_onnxruntime(
-        self, detector: Detector, graphs: Graphs | None = None, *, threads: int | None = None
+        self,
+        detector: Detector,
+        graphs: Graphs | None = None,
+        *,
+        threads: int | None = None,
+        passes: int = 1,
     ) -> Detector:
         """A detector like one of :meth:`detector` on the CPU, run by ONNX Runtime.
 
@@ -219,6 +225,8 @@ class LoadedBundle:
             detector: let it go afterwards: its network is a second copy of the weights.
             graphs: those in the bundle's folder by default.
             threads: of a forward pass; torch's by default.
+            passes: that may run at once, and then share the threads. More than one needs a
+                second copy of the weights.
 
         Raises:
             EngineError: ONNX Runtime is not installed or does not run the bundle's dtype, there
@@ -230,15 +238,24 @@ class LoadedBundle:
                 if self.folder is None:
                     raise EngineError("the bundle has no folder to read graphs from")
                 graphs = read_graphs(self.folder / GRAPHS_FOLDER)
-            engine = OnnxEngine(graphs, self.weights, threads=threads or torch.get_num_threads())
-            other = detector.on_engine(engine)
-            check_agreement(other, detector, _agreement_images(self.bundle.preprocessing))
+            threads = threads or torch.get_num_threads()
+            engine = self._agreeing(detector, graphs, threads=threads)
+            if passes == 1:
+                return detector.on_engine(engine)
+            beside = self._agreeing(detector, graphs, threads=max(1, threads // passes))
+            engines = ConcurrentEngine(alone=engine, beside=beside)
+            return detector.on_engine(engines, passes=passes)
         except EngineError as error:
             raise type(error)(f"{_title(self.bundle)}: {error}") from error
         except Exception as error:  # a graph may fail when it runs, in any way
             reason = " ".join(str(error).split())
             raise EngineError(f"{_title(self.bundle)}: onnxruntime failed: {reason}") from error
-        return other
+
+    def _agreeing(self, detector: Detector, graphs: Graphs, *, threads: int) -> OnnxEngine:
+        engine = OnnxEngine(graphs, self.weights, threads=threads)
+        images = _agreement_images(self.bundle.preprocessing)
+        check_agreement(detector.on_engine(engine), detector, images)
+        return engine
 
     def on_cuda_graphs(self, detector: Detector, *, device: str, batch_size: int) -> Detector:
         """A detector like one of :meth:`detector` on a GPU, whose passes are recorded as graphs.

@@ -6,6 +6,8 @@ from typing import Final
 _PASS_PIXELS: Final = 4 * 224 * 224
 """Images with more pixels in all have activations that leave the caches: MobileNetV3 then takes a
 quarter more time an image, or more."""
+MOST_PASSES: Final = 2
+"""Forward passes at once on the CPU."""
 _TINY_SIDE: Final = 64
 
 
@@ -27,3 +29,11 @@ def threads_a_pass(side: int) -> int:
     For tiny images one: to part and meet again would cost more than it gives.
     """
     return 1 if side <= _TINY_SIDE else usable_cores()
+
+
+def passes_at_once(threads: int) -> int:
+    """How many passes should share so many threads, while there is work for all.
+
+    One at a time takes longer: the threads of a pass wait for each other in every layer.
+    """
+    return min(threads, MOST_PASSES)

@@ -90,8 +90,9 @@ class ClassLevels:
 class Detector:
     """Classifier and out-of-distribution detector in one forward pass.
 
-    Calibration, evaluation and serving all score through this class. One instance serves one
-    thread at a time. It runs on torch until :meth:`on_engine` gives one on another engine.
+    Calibration, evaluation and serving all score through this class. It runs on torch until
+    :meth:`on_engine` gives one on another engine. One instance serves ``passes`` threads at a
+    time, which on torch is one.
 
     Args:
         network: in evaluation mode, on its device.
@@ -134,6 +135,7 @@ class Detector:
         self._uncertain_below = None if uncertain_below is None else np.float32(uncertain_below)
         self._calibration_scores = calibration_scores
         self._class_levels = class_levels
+        self.passes = 1
 
     @property
     def network(self) -> nn.Module:
@@ -151,15 +153,17 @@ class Detector:
         """What runs the network."""
         return self._engine.name
 
-    def on_engine(self, engine: Engine) -> Self:
+    def on_engine(self, engine: Engine, *, passes: int = 1) -> Self:
         """A detector with the same levels on another engine; the torch network is let go of.
 
         Whether it agrees with this one is for :func:`check_agreement` to say.
 
         Args:
             engine: its outputs lie on the CPU.
+            passes: that may run at once.
         """
         other = copy.copy(self)
+        other.passes = passes
         other._engine, other._network = engine, None
         other._head_bias = None if self._head_bias is None else self._head_bias.cpu()
         return other

@@ -13,10 +13,11 @@ import asyncio
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Generic, Literal, TypeVar
 
 from app.errors import DeadlineExceededError, NotReadyError, QueueFullError
@@ -189,6 +190,7 @@ class Batcher(Generic[Item, Result]):
         queue_size: most items waiting; a request with more is accepted by an empty queue alone.
         max_wait_s: how long a free thread waits for a batch to fill; 0 never delays.
         batch_size_of: of items of that key, where it is smaller.
+        batches_of: batches of that key that the threads of one device may run at once.
         on_drop: told of items that left the queue unanswered.
         lag_s: how long an item has waited already when it is heard of.
         clock: in seconds, the one deadlines are on.
@@ -201,6 +203,7 @@ class Batcher(Generic[Item, Result]):
         queue_size: int,
         max_wait_s: float = 0,
         batch_size_of: Callable[[Hashable], int] | None = None,
+        batches_of: Callable[[Hashable, str], int] = lambda key, device: 1,
         on_drop: Callable[[DropReason, int], None] = lambda reason, count: None,
         lag_s: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
@@ -209,6 +212,10 @@ class Batcher(Generic[Item, Result]):
         self._queue_size = queue_size
         self._max_wait_s = max_wait_s
         self._batch_size_of = batch_size_of or (lambda key: max_batch_size)
+        self._batches_of = batches_of
+        self._running: Counter[tuple[Hashable, str]] = Counter()
+        self._idle: Counter[str] = Counter()
+        self._gathering = 0
         self._on_drop = on_drop
         self._lag_s = lag_s
         self._clock = clock
@@ -319,20 +326,23 @@ class Batcher(Generic[Item, Result]):
         finally:
             self._withdraw(lane, request, reason)
 
-    def take(self) -> Batch[Item, Result] | None:
-        """The next batch, as soon as there is one; None once closed and empty. Blocks."""
+    def take(self, device: str = "cpu") -> Batch[Item, Result] | None:
+        """The next batch, as soon as there is one; None once closed and empty. Blocks.
+
+        Args:
+            device: that the calling thread runs batches on.
+        """
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._queues or self._is_finished())
-                if not self._queues:
+                lanes = self._wait_for_lanes(device)
+                if not lanes:
                     return None
                 lane = min(
-                    self._queues,
-                    key=lambda lane: (lane.is_background, self._queues[lane][0].arrived),
+                    lanes, key=lambda lane: (lane.is_background, self._queues[lane][0].arrived)
                 )
                 self._wait_for_company(lane)
                 if taken := self._pop(lane):
-                    return self._batch(lane, taken)
+                    return self._batch(lane, taken, device)
 
     def close(self) -> None:
         """Refuse new items; what was accepted is still handed out."""
@@ -340,8 +350,35 @@ class Batcher(Generic[Item, Result]):
             self._is_closed = True
             self._changed.notify_all()
 
+    def _wait_for_lanes(self, device: str) -> list[_Lane]:
+        """Those that have a batch for the device; none once closed and empty."""
+        self._idle[device] += 1
+        self._changed.wait_for(lambda: self._takeable(device) or self._is_over())
+        self._idle[device] -= 1
+        return self._takeable(device)
+
+    def _wake(self) -> None:
+        """Tell the threads that wait for work, where there is some for them."""
+        devices = [device for device, idle in self._idle.items() if idle]
+        if self._gathering or self._is_closed:
+            self._changed.notify_all()
+        elif any(self._takeable(device) for device in devices):
+            # Of one device any thread will do; of several it might be the wrong one.
+            self._changed.notify(1 if len(devices) == 1 else self._idle.total())
+
+    def _takeable(self, device: str) -> list[_Lane]:
+        """Lanes of which the device may run one batch more."""
+        return [
+            lane
+            for lane in self._queues
+            if self._running[lane.key, device] < self._batches_of(lane.key, device)
+        ]
+
     def _is_finished(self) -> bool:
         return self._is_closed and not self._held
+
+    def _is_over(self) -> bool:
+        return self._is_finished() and not self._queues
 
     def _expected_wait_s(self) -> float:
         # An item is answered with its batch, which takes as long as all who travel in it. Of what
@@ -379,7 +416,7 @@ class Batcher(Generic[Item, Result]):
                 _Pending(item, request, position, arrived) for position, item in enumerate(items)
             )
             self._depths[lane.is_background] += len(items)
-            self._changed.notify()
+            self._wake()
 
     def _check_background(self, count: int) -> None:
         room = _BACKGROUND_BATCHES * self._max_batch_size - self._depths[True]
@@ -410,10 +447,12 @@ class Batcher(Generic[Item, Result]):
         if not self._max_wait_s or lane.is_background:
             return
         until = self._queues[lane][0].arrived + self._max_wait_s
+        self._gathering += 1
         self._changed.wait_for(
             lambda: self._is_closed or len(self._queues.get(lane, ())) >= self._batch_size(lane),
             timeout=max(0, until - self._clock()),
         )
+        self._gathering -= 1
 
     def _pop(self, lane: _Lane) -> list[_Pending[Item, Result]]:
         """Up to a batch of the items of a lane that somebody still waits for."""
@@ -432,8 +471,6 @@ class Batcher(Generic[Item, Result]):
         self._depths[lane.is_background] -= len(taken)
         self._drop(lane, expired + gone)
         self._replace(lane, queue)
-        if self._queues:
-            self._changed.notify()
         if expired:
             self._on_drop("expired", expired)
         return taken
@@ -447,18 +484,28 @@ class Batcher(Generic[Item, Result]):
         else:
             self._queues.pop(lane, None)
 
-    def _batch(self, lane: _Lane, taken: Sequence[_Pending[Item, Result]]) -> Batch[Item, Result]:
+    def _batch(
+        self, lane: _Lane, taken: Sequence[_Pending[Item, Result]], device: str
+    ) -> Batch[Item, Result]:
         assert self._loop is not None, "an item can only come from submit"
         now = self._clock()
+        self._running[lane.key, device] += 1
+        # For another thread, what is left.
+        self._wake()
         return Batch(
             key=lane.key,
             items=[pending.item for pending in taken],
             waits_s=[now - pending.arrived for pending in taken],
             _requests=[(pending.request, pending.position) for pending in taken],
             _loop=self._loop,
-            _on_end=self._end,
+            _on_end=partial(self._end, lane.key, device),
         )
 
-    def _end(self, count: int) -> None:
+    def _end(self, key: Hashable, device: str, count: int) -> None:
         with self._changed:
             self._pace.end(count)
+            self._running[key, device] -= 1
+            if not self._running[key, device]:
+                # A key may hold a model that nothing else holds any more.
+                del self._running[key, device]
+            self._wake()

@@ -16,7 +16,7 @@ import structlog
 import torch
 
 from app.core.allocator import return_memory
-from app.core.cores import images_a_pass, threads_a_pass
+from app.core.cores import images_a_pass, passes_at_once, threads_a_pass
 from app.core.detector import Detector
 from app.core.engines import EngineName
 from app.errors import (
@@ -538,7 +538,8 @@ class ModelPool:
             # Its threads do not spin: they take no core from the event loop and the decoders.
             side = stored.bundle.preprocessing.crop
             threads = self._settings.compute_threads or threads_a_pass(side)
-            return stored.on_onnxruntime(detector, threads=threads)
+            passes = passes_at_once(threads)
+            return stored.on_onnxruntime(detector, threads=threads, passes=passes)
         except EngineError as error:
             if wanted == "onnxruntime":
                 raise

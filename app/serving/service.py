@@ -34,8 +34,10 @@ from app.serving.worker import (
     Work,
     Worker,
     batch_size_of,
+    batches_of,
     compute_on,
     device_names,
+    threads_of,
 )
 from app.settings import Settings
 
@@ -78,6 +80,7 @@ class ScoringService:
             queue_size=settings.queue_size,
             max_wait_s=settings.max_wait_ms / 1000,
             batch_size_of=batch_size_of,
+            batches_of=batches_of,
             on_drop=self._count_dropped,
             lag_s=lambda: self._lag.seconds,
         )
@@ -87,7 +90,11 @@ class ScoringService:
         self.review: ReviewQueue | None = None
         if settings.review_folder is not None:
             self.review = ReviewQueue(settings, metrics, self.budget)
-        self._workers = [Worker(device, self._batcher, metrics) for device in devices]
+        self._workers = [
+            Worker(device, self._batcher, metrics, number=number)
+            for device in devices
+            for number in range(threads_of(device))
+        ]
         self._decoders = Decoders(settings, self.budget)
         self._background: set[asyncio.Task[None]] = set()
         self._is_loaded = False

@@ -1,4 +1,4 @@
-"""The threads that run the network: one a device, all fed from one batcher."""
+"""The threads that run the network, a few a device, all fed from one batcher."""
 
 import logging
 import threading
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from app.core.cores import usable_cores
+from app.core.cores import MOST_PASSES, usable_cores
 from app.core.detector import Detections, Verdict, Verdicts
 from app.errors import ForwardError, SettingsError
 from app.serving.batcher import Batch, Batcher
@@ -55,18 +55,35 @@ def batch_size_of(key: Hashable) -> int:
     return key.model.batch_size
 
 
+def batches_of(key: Hashable, device: str) -> int:
+    """Most batches of that :class:`Work` at once on a device."""
+    assert isinstance(key, Work)
+    return key.model.detectors[device].passes
+
+
 ImageBatcher = Batcher[Tensor, Detection]
 
 
 class Worker:
-    """A thread that takes batches and answers them on one device, until the batcher is closed."""
+    """A thread that takes batches and answers them on one device, until the batcher is closed.
 
-    def __init__(self, device: str, batcher: ImageBatcher, metrics: Metrics) -> None:
+    Args:
+        device: that it runs them on; other threads may run some there too.
+        batcher: hands out the batches.
+        metrics: told of every batch.
+        number: of the thread, among those of its device.
+    """
+
+    def __init__(
+        self, device: str, batcher: ImageBatcher, metrics: Metrics, *, number: int = 0
+    ) -> None:
         self._device = device
         self._batcher = batcher
         self._metrics = metrics
         self._busy_since: float | None = None
-        self._thread = threading.Thread(target=self._run, name=f"worker-{device}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name=f"worker-{device}.{number}", daemon=True
+        )
 
     def start(self) -> None:
         """Begin to take batches."""
@@ -88,7 +105,7 @@ class Worker:
             pass
 
     def _answer_next(self) -> bool:
-        batch = self._batcher.take()
+        batch = self._batcher.take(self._device)
         if batch is None:
             return False
         with self._busy():
@@ -131,6 +148,11 @@ def compute_on(threads: int | None) -> None:
     loop or a decoder has one: a forward pass can take twenty times as long.
     """
     torch.set_num_threads(threads or max(1, usable_cores() - 1))
+
+
+def threads_of(device: str) -> int:
+    """How many workers a device should have; a GPU runs one batch after the other anyway."""
+    return MOST_PASSES if device == "cpu" else 1
 
 
 def device_names(setting: str) -> Sequence[str]:

@@ -6,14 +6,17 @@ a verdict would be. The engine is the one that the service would choose.
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from app import cli
-from app.core.cores import threads_a_pass
+from app.core.concurrent_engine import ConcurrentEngine
+from app.core.cores import passes_at_once, threads_a_pass
 from app.core.detector import Detections, Detector
+from app.core.engines import EngineName, Outputs
 from app.core.onnx_graph import INPUT
 from app.store import LoadedBundle
 from benchmarks.bench.detectors import has_onnxruntime, logits_session
@@ -25,11 +28,13 @@ class Classifier:
     Args:
         logits: of images ``[B, 3, crop, crop]`` uint8.
         engine: its name.
+        passes: that may run at once.
     """
 
-    def __init__(self, logits: Callable[[Tensor], Tensor], *, engine: str) -> None:
+    def __init__(self, logits: Callable[[Tensor], Tensor], *, engine: str, passes: int = 1) -> None:
         self._logits = logits
         self.engine = engine
+        self.passes = passes
 
     @torch.inference_mode()
     def detect(self, images: Tensor) -> Detections:
@@ -49,6 +54,28 @@ class Classifier:
     judge = detect
 
 
+class LogitsEngine:
+    """An engine for the logits alone.
+
+    Args:
+        session: of ONNX Runtime.
+    """
+
+    name: EngineName = "onnxruntime"
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def run(self, images: Tensor) -> Outputs:
+        """The logits, and no norms."""
+        [logits] = self._session.run(None, {INPUT: images.numpy()})
+        return Outputs(torch.empty(0), torch.from_numpy(logits))
+
+    def run_to_block(self, images: Tensor) -> Tensor:
+        """No norms."""
+        return self.run(images).feature_norms
+
+
 def on_torch(loaded: LoadedBundle, detector: Detector) -> Classifier:
     """The network alone, as torch runs it."""
     network, preprocessing = detector.network, loaded.bundle.preprocessing
@@ -63,13 +90,13 @@ def on_torch(loaded: LoadedBundle, detector: Detector) -> Classifier:
 
 def on_onnxruntime(loaded: LoadedBundle) -> Classifier:
     """The network alone, as ONNX Runtime runs it."""
-    session = logits_session(loaded, threads=threads_a_pass(loaded.bundle.preprocessing.crop))
-
-    def logits(images: Tensor) -> Tensor:
-        [found] = session.run(None, {INPUT: images.numpy()})
-        return torch.from_numpy(found)
-
-    return Classifier(logits, engine="onnxruntime")
+    threads = threads_a_pass(loaded.bundle.preprocessing.crop)
+    passes = passes_at_once(threads)
+    alone, beside = (
+        LogitsEngine(logits_session(loaded, threads=each)) for each in (threads, threads // passes)
+    )
+    engine = ConcurrentEngine(alone=alone, beside=beside)
+    return Classifier(lambda images: engine.run(images).logits, engine=engine.name, passes=passes)
 
 
 def main() -> int:
@@ -81,7 +108,7 @@ def main() -> int:
         LoadedBundle.detector = detector  # type: ignore[method-assign]
         LoadedBundle.on_onnxruntime = convert  # type: ignore[method-assign]
 
-    def unchanged(loaded: LoadedBundle, found: Classifier, *, threads: int) -> Classifier:
+    def unchanged(loaded: LoadedBundle, found: Classifier, **options: int) -> Classifier:
         return found
 
     def replace() -> None:

@@ -449,3 +449,73 @@ def test_the_background_waits_for_all_others() -> None:
         assert doubler.batches == [[3, 4], [1, 2]]
 
     run(scenario())
+
+
+def test_two_batches_at_once_where_the_key_allows_it() -> None:
+    """A second thread of the device gets a batch of a key that another already runs."""
+
+    async def scenario() -> None:
+        batcher = numbers(max_batch_size=1, batches_of=lambda key, device: 2)
+        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(3)]
+        await until(lambda: batcher.depth == 3)
+        first = batcher.take()
+        assert first is not None
+        with Doubler(batcher).working():
+            assert await asyncio.gather(*waiting[1:]) == [[2], [4]]
+            first.complete([0])
+            assert await waiting[0] == [0]
+
+    run(scenario())
+
+
+def test_one_batch_at_once_where_the_key_does_not() -> None:
+    """A second thread of the device leaves what waits to the first, and takes other keys."""
+
+    async def scenario() -> None:
+        batcher = numbers(max_batch_size=1)
+        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(2)]
+        await until(lambda: batcher.depth == 2)
+        first = batcher.take()
+        assert first is not None
+        with Doubler(batcher).working() as doubler:
+            assert await batcher.submit("other", [7]) == [14]
+            assert doubler.keys == ["other"]
+            first.complete([0])
+            assert await asyncio.gather(*waiting) == [[0], [2]]
+
+    run(scenario())
+
+
+def test_another_device_takes_what_one_may_not() -> None:
+    """A key that one device may run no more batch of is taken by the other."""
+
+    async def scenario() -> None:
+        batcher = numbers(max_batch_size=1)
+        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(2)]
+        await until(lambda: batcher.depth == 2)
+        first, second = batcher.take("cuda:0"), batcher.take("cuda:1")
+        assert first is not None
+        assert second is not None
+        second.complete([2])
+        assert await waiting[1] == [2]
+        first.complete([0])
+        assert await waiting[0] == [0]
+
+    run(scenario())
+
+
+def test_a_thread_that_may_take_nothing_ends_with_the_last_batch() -> None:
+    """Closed, with a batch under way and its key's turn to come: the idle threads end after it."""
+
+    async def scenario() -> None:
+        batcher = numbers(max_batch_size=1)
+        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(2)]
+        await until(lambda: batcher.depth == 2)
+        first = batcher.take()
+        assert first is not None
+        with Doubler(batcher).working(), Doubler(batcher).working():
+            batcher.close()
+            first.complete([0])
+            assert await asyncio.gather(*waiting) == [[0], [2]]
+
+    run(scenario())
