@@ -11,8 +11,24 @@ from app.offline.calibrate import RANDOM_WEIGHTS, CalibrationOptions, calibrate
 from app.store import Store
 from tests.pictures import jpeg
 
+TESTS = Path(__file__).parent
+SIDE_BY_SIDE = (
+    *("api", "benchmarks", "core", "docs", "offline", "serving"),
+    *("test_cli.py", "test_client.py", "test_gpu.py", "test_imports.py", "test_logs.py"),
+    *("test_object_storage.py", "test_settings.py", "test_store.py"),
+)
+"""Whose tests compute, mostly in their own process, and bear with others that do."""
 IMAGES = 24
 TINY = Architecture(id="cifar/resnet18", arguments={"width": 4})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs servers and programs is ``alone``: they would be late where others compute."""
+    for item in items:
+        is_beside = item.path.relative_to(TESTS).parts[0] in SIDE_BY_SIDE
+        if not is_beside or item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.alone)
 
 
 def draw_images(folder: Path, seeds: Iterable[int]) -> Path:

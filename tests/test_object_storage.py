@@ -25,7 +25,7 @@ from app.settings import Settings
 from app.store import BUNDLE_FILE, WEIGHTS_FILE, Store
 from tests.bucket import SECRET, Answer, Bucket
 from tests.test_lifecycle import Load, until
-from tests.test_server import ROOT, START_S, Server, serving
+from tests.test_server import ROOT, START_S, Server, serving, serving_together
 from tests.versions import add_version, edit
 
 Requests = list[tuple[str, str]]
@@ -326,6 +326,7 @@ def active(server: Server) -> int:
     return int(answer.json()["active_version"])
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_fleet_follows_the_pointer(
     bucket: Bucket,
@@ -342,8 +343,8 @@ def test_a_fleet_follows_the_pointer(
     folder.push("tiny", 2, store)
     flags = ["--model-store", bucket.url, "--model-cache", str(tmp_path / "cache")]
     flags += ["--watch-s", "0.2", "--max-batch-size", "4"]
-    with serving(flags) as one, serving(flags) as two:
-        servers = (one, two)
+    with serving_together(flags, flags) as servers:
+        one, two = servers
         with Load(one, clients=1).running() as load, Load(two, clients=1).running() as other:
             assert [active(server) for server in servers] == [1, 1]
             assert main(["models", "activate", "tiny/2", "--model-store", bucket.url]) == 0

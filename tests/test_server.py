@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -60,6 +60,13 @@ def serving(flags: Sequence[str] = ()) -> Iterator[Server]:
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+@contextmanager
+def serving_together(*each: Sequence[str]) -> Iterator[list[Server]]:
+    """A server for each of some flags; started at once, they have all cores."""
+    with ExitStack() as stack, ThreadPoolExecutor(len(each)) as pool:
+        yield list(pool.map(lambda flags: stack.enter_context(serving(flags)), each))
 
 
 def wait_until_ready(server: Server) -> None:

@@ -342,6 +342,7 @@ def test_time_is_over(tmp_path: Path) -> None:
         wait(lambda: [file.name for file in (tmp_path / "review").iterdir()] == ["review.lock"])
 
 
+@pytest.mark.alone
 def test_load_and_restart(tmp_path: Path) -> None:
     """Under load no request fails, the bounds hold at all times, and a restart finds the queue."""
     folder = tmp_path / "review"

@@ -290,6 +290,7 @@ def test_short_run_is_judged_by_what_it_saw() -> None:
     assert not samples(20_000.0, seconds=30).is_flat
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_quick_run(tmp_path: Path) -> None:
     """The benchmark starts a server, loads it with wrk, and writes what it measured."""
@@ -306,6 +307,7 @@ def test_quick_run(tmp_path: Path) -> None:
     assert all(row["images_per_s"] > 0 and not row["failures"] for row in one["measurements"])
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_short_soak(tmp_path: Path) -> None:
     """Under twenty seconds of full load every answer is 200, and memory grows by a quarter at most.
