@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
+from uuid import uuid4
 
 import numpy as np
 import ray
@@ -21,10 +22,11 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
+from app.distributed.attempts import Attempts
 from app.distributed.failures import joining, last_line
 from app.errors import NormGateError
 from app.offline.reading import Batch, Reading
-from app.offline.sources import Spread
+from app.offline.sources import ImageSource, Spread
 
 _STRETCHES_A_WORKER: Final = 4
 """At least, so that a slow worker holds nobody up for long."""
@@ -73,6 +75,11 @@ def _connect() -> None:
         # It is about GPUs that a worker reserved none of, and sees none of.
         warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)
+            # Failures go to Ray's own log, with tracebacks: a job that fails says so in one line.
+            handler.addFilter(lambda record: record.levelno < logging.ERROR and not record.exc_info)
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ class RayCluster:
         # A worker's folder is another; its name for an image is not.
         reading = replace(reading, source=reading.source.absolute(), threads=self.cpus)
         shipped = ray.put((reading, work))
+        attempts = Attempts(uuid4().hex)
         stretches = self._stretches(positions, reading.batch_size)
         with DataContext.current(_in_order()):
             data = ray.data.from_items(
@@ -117,7 +125,7 @@ class RayCluster:
                 override_num_blocks=len(stretches),
             ).map_batches(
                 _Worker,
-                fn_constructor_args=(_Shipped(shipped), self.cpus),
+                fn_constructor_args=(_Shipped(shipped), self.cpus, attempts),
                 batch_size=1,
                 batch_format="numpy",
                 # One stretch at a time: a lost worker costs no other stretch one of its retries.
@@ -134,22 +142,20 @@ class RayCluster:
                 for results in map(_outcome, rows["results"]):
                     yield from results
         except RayError as error:
-            raise NormGateError(f"Ray's workers failed: {last_line(error)}") from error
+            where = _where(reading.source, attempts)
+            raise NormGateError(f"Ray's workers failed{where}: {last_line(error)}") from error
 
     def _spread(
         self, function: Callable[[ItemT], ResultT], items: Iterable[ItemT], /
     ) -> Iterator[ResultT]:
         task: Any = ray.remote(num_cpus=1, max_retries=_RETRIES)(_attempt)
-        pending: deque[Any] = deque()
-        try:
-            for item in items:
-                pending.append(task.remote(function, item))
-                if len(pending) > _JOBS_AHEAD * self.workers:
-                    yield _outcome(ray.get(pending.popleft()))
-            while pending:
-                yield _outcome(ray.get(pending.popleft()))
-        except RayError as error:
-            raise NormGateError(f"Ray's workers failed: {last_line(error)}") from error
+        pending: deque[tuple[ItemT, Any]] = deque()
+        for item in items:
+            pending.append((item, task.remote(function, item)))
+            if len(pending) > _JOBS_AHEAD * self.workers:
+                yield _result_of(*pending.popleft())
+        while pending:
+            yield _result_of(*pending.popleft())
 
     def _stretches(self, positions: range, batch_size: int) -> list[range]:
         batches = -(-len(positions) // batch_size)
@@ -168,8 +174,9 @@ class _Shipped:
 class _Worker:
     """One of Ray Data's actors: what it was shipped is made ready by its first stretch."""
 
-    def __init__(self, shipped: _Shipped, threads: int) -> None:
+    def __init__(self, shipped: _Shipped, threads: int, attempts: Attempts) -> None:
         self._shipped = shipped
+        self._attempts = attempts
         self._work: tuple[Reading, Callable[[Batch], Any]] | None = None
         torch.set_num_threads(threads)
 
@@ -187,7 +194,11 @@ class _Worker:
         if self._work is None:
             self._work = ray.get(self._shipped.reference)
         reading, work = self._work
-        return [work(batch) for batch in reading.batches(stretch)]
+        self._attempts.begin(stretch)
+        try:
+            return [work(batch) for batch in reading.batches(stretch)]
+        finally:
+            self._attempts.end(stretch)
 
 
 def _attempt(function: Callable[[ItemT], Any], item: ItemT) -> bytes:
@@ -196,6 +207,30 @@ def _attempt(function: Callable[[ItemT], Any], item: ItemT) -> bytes:
         return pickle.dumps(function(item))
     except NormGateError as error:
         return pickle.dumps(error)
+
+
+def _result_of(item: object, reference: Any) -> Any:
+    """What a task made of an item.
+
+    Raises:
+        NormGateError: it could not, or its workers died again and again.
+    """
+    try:
+        return _outcome(ray.get(reference))
+    except RayError as error:
+        raise NormGateError(f"Ray's workers failed on {item}: {last_line(error)}") from error
+
+
+def _where(source: ImageSource, attempts: Attempts) -> str:
+    """At which images workers died again and again, for a message; empty where none did."""
+    worst = attempts.most()
+    attempts.forget()
+    if worst is None:
+        return ""
+    stretch, count = worst
+    times = "once" if count == 1 else f"{count} times"
+    first, last = source.where(stretch[0]), source.where(stretch[-1])
+    return f" {times} on images {stretch.start + 1} to {stretch.stop}, {first} to {last}"
 
 
 def _outcome(pickled: bytes) -> Any:

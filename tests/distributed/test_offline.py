@@ -175,24 +175,37 @@ def killed_if(is_killed: bool, image: Path) -> Iterator[list[int]]:
         yield killed
 
 
+@pytest.fixture(scope="module")
+def calibrated_here(
+    options: CalibrationOptions, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[bytes, str]:
+    """What one machine writes."""
+    root = tmp_path_factory.mktemp("here")
+    calibrate(options, Store(root), progress=silent)
+    return written(root)
+
+
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_a_calibration(
-    cluster: "RayCluster", options: CalibrationOptions, tmp_path: Path, is_killed: bool
+    cluster: "RayCluster",
+    options: CalibrationOptions,
+    calibrated_here: tuple[bytes, str],
+    tmp_path: Path,
+    is_killed: bool,
 ) -> None:
     """The bundle is that of one machine to the byte, also when a worker is killed on the way."""
     folder = Path(options.selection_images)
-    if not is_killed:
-        cluster = replace(cluster, workers=1)
-    calibrate(options, Store(tmp_path / "here"), progress=silent)
     seen: list[tuple[str, int]] = []
 
     def watch(title: str, *, done: int, total: int) -> None:
         seen.append((title, done))
 
     with killed_if(is_killed, folder / names_in(folder)[IMAGES // 2]) as killed:
-        calibrate(options, Store(tmp_path / "there"), progress=watch, place=cluster)
+        # Workers are slow to start, and each pass has its own.
+        one = replace(cluster, workers=1)
+        calibrate(options, Store(tmp_path / "there"), progress=watch, place=one)
 
-    assert written(tmp_path / "there") == written(tmp_path / "here")
+    assert written(tmp_path / "there") == calibrated_here
     assert len(killed) == is_killed
     # Nothing was counted twice.
     assert seen == sorted(set(seen))
@@ -255,6 +268,23 @@ def test_shards_in_a_bucket(
     assert [file.rpartition("/")[2] for file in files[0]] == [
         file.rpartition("/")[2] for file in files[1]
     ]
+
+
+def test_what_killed_the_workers(cluster: "RayCluster") -> None:
+    """The stretch that was begun again and again is named; what came to its end is not."""
+    from app.distributed.attempts import Attempts
+
+    attempts = Attempts("a job")
+    for stretch, times in ((range(8), 1), (range(8, 16), 3), (range(16, 24), 2)):
+        for _ in range(times):
+            attempts.begin(stretch)
+    attempts.begin(range(24, 32))
+    attempts.end(range(24, 32))
+
+    assert attempts.most() == (range(8, 16), 3)
+    assert Attempts("another job").most() is None
+    attempts.forget()
+    assert attempts.most() is None
 
 
 @pytest.mark.parametrize(
