@@ -129,7 +129,8 @@ def check_recordable(run: Pass, images: Tensor) -> None:
         UnfitEngineError: it waits for a value on its way, as ``if maps.sum() > 0`` does.
     """
     # Not in inference mode, where what an operator is made of would not be seen.
-    with torch.inference_mode(mode=False), torch.no_grad(), _Watch():
+    watch = _Watch()  # type: ignore[no-untyped-call] # torch's own __init__ has no types
+    with torch.inference_mode(mode=False), torch.no_grad(), watch:
         run(images.clone())
 
 
