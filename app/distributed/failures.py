@@ -52,7 +52,7 @@ def _check_somebody_listens() -> None:
 def _address() -> str | None:
     """``host:port`` of the cluster that Ray will join; None where it will start one."""
     try:
-        return canonicalize_bootstrap_address(None)
+        return canonicalize_bootstrap_address(None)  # type: ignore[arg-type] # as Ray does
     except ValueError:
         # ``ray://``, or a mistake: Ray has its own words for both.
         return None

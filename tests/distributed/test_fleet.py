@@ -1,5 +1,6 @@
 """What a Ray cluster is asked for, and what holds for one replica of many."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from app.cli import main
 from app.distributed.fleet import Fleet, replica_settings
 from app.errors import SettingsError
 from app.settings import Settings
+from tests.test_server import ROOT
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,16 @@ def test_without_the_extra(
 
     assert main(["serve", "--ray"]) == 1
     assert capsys.readouterr().err.endswith("pip install 'normgate[ray]'\n")
+
+
+def test_ray_is_not_imported() -> None:
+    """The command, the server and the offline work load nothing of Ray where nobody asks for it."""
+    code = (
+        "import sys, app.cli, app.distributed.fleet, app.main, app.offline.calibrate, app.server; "
+        "sys.exit(any(name.partition('.')[0] == 'ray' for name in sys.modules))"
+    )
+
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_options_of_a_fleet_need_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
