@@ -120,11 +120,19 @@ def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @contextmanager
 def scraping(instances: Sequence[str], folder: Path) -> Iterator[Prometheus]:
     """Prometheus as it is shipped, in ``folder``, which scrapes the instances every second."""
+    listed = ", ".join(f'"{instance}"' for instance in instances)
+    with shipped([('"normgate:8000"', listed)], folder) as prometheus:
+        yield prometheus
+
+
+@contextmanager
+def shipped(changes: Sequence[tuple[str, str]], folder: Path) -> Iterator[Prometheus]:
+    """Prometheus as it is shipped but for these changes; it scrapes and evaluates every second."""
     changes = [
         ("scrape_interval: 15s", "scrape_interval: 1s"),
         ("evaluation_interval: 15s", "evaluation_interval: 1s"),
         ("rules/*.yml", f"{DEPLOY}/rules/*.yml"),
-        ('"normgate:8000"', ", ".join(f'"{instance}"' for instance in instances)),
+        *changes,
     ]
     (folder / "prometheus.yml").write_text(replaced(DEPLOY / "prometheus.yml", changes))
     port = free_port()
