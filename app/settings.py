@@ -74,8 +74,9 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=1024,
-        description="threads of a forward pass on the CPU; default: all cores, one for tiny "
-        "images, all but one with torch",
+        description="threads of forward passes on the CPU; two passes share them while there is "
+        "work for both, with torch one has all; default: all cores, one for tiny images, all but "
+        "one with torch",
     )
     engine: Literal["auto", "torch", "onnxruntime"] = Field(
         "auto",

@@ -70,5 +70,6 @@ def _take_float32(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tenso
     return (inputs[0].bfloat16(), *inputs[1:])
 
 
-def _give_float32(network: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
-    return logits.float()
+def _give_float32(network: nn.Module, inputs: Any, logits: Any) -> Any:
+    # What is no tensor is refused where logits are read.
+    return logits.float() if isinstance(logits, Tensor) else logits

@@ -153,4 +153,5 @@ def _picks_by_position(func: Any, args: Any) -> bool:
     """Whether it is an indexing by numbers: only one by a mask gives results of any size."""
     if func is not torch.ops.aten.index.Tensor:
         return False
-    return not any(index is not None and index.dtype == torch.bool for index in args[1])
+    masks = (torch.bool, torch.uint8)
+    return not any(index is not None and index.dtype in masks for index in args[1])

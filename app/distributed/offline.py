@@ -225,12 +225,12 @@ def _where(source: ImageSource, attempts: Attempts) -> str:
     """At which images workers died again and again, for a message; empty where none did."""
     worst = attempts.most()
     attempts.forget()
-    if worst is None:
+    # What was begun once was under way when something else failed.
+    if worst is None or worst[1] < 2:
         return ""
     stretch, count = worst
-    times = "once" if count == 1 else f"{count} times"
     first, last = source.where(stretch[0]), source.where(stretch[-1])
-    return f" {times} on images {stretch.start + 1} to {stretch.stop}, {first} to {last}"
+    return f" {count} times on images {stretch.start + 1} to {stretch.stop}, {first} to {last}"
 
 
 def _outcome(pickled: bytes) -> Any:

@@ -13,7 +13,7 @@ import asyncio
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ _MOST_SLOWER: Final = 4
 """Times than the average that a batch counts as, however long it took."""
 _WAITING_SHARE: Final = 0.5
 """Of the time to a deadline that waiting may take: the estimate errs, and a late answer is lost."""
+_MOST_ENDS: Final = 64
+"""Of batches that are remembered; more are not under way."""
 _BACKGROUND_BATCHES: Final = 4
 """Batches of background items that may wait."""
 
@@ -142,14 +144,16 @@ class Batch(Generic[Item, Result]):
 class _Pace:
     """Seconds that an item takes, all threads together, measured while there is work.
 
-    The first batch after a rest is not a measure: its time is that of decoding what came with it.
+    The first batches after a rest, one a thread, are not a measure: their time is that of decoding
+    what came with them.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.seconds_per_item = 0.0
         self._items = 0
-        self._last_end: float | None = None
+        self._ends: deque[tuple[float, int]] = deque(maxlen=_MOST_ENDS)
+        """When batches ended, and how many items they had."""
 
     def begin(self, count: int) -> None:
         self._items += count
@@ -158,11 +162,18 @@ class _Pace:
         self._items -= count
         self._rest_if_idle()
 
-    def end(self, count: int) -> None:
-        now = self._clock()
-        if self._last_end is not None:
-            self._take_in((now - self._last_end) / count, count)
-        self._last_end = now
+    def end(self, count: int, *, batches: int) -> None:
+        """A batch has ended, one of so many that were under way.
+
+        Each of them has ended once in the time of one; the moments between two ends are of any
+        length, short ones more often.
+        """
+        now, back = self._clock(), min(batches, _MOST_ENDS)
+        if len(self._ends) >= back:
+            since = self._ends[-back][0]
+            others = sum(items for _, items in list(self._ends)[len(self._ends) - back + 1 :])
+            self._take_in((now - since) / (count + others), count)
+        self._ends.append((now, count))
         self._items -= count
         self._rest_if_idle()
 
@@ -179,7 +190,7 @@ class _Pace:
 
     def _rest_if_idle(self) -> None:
         if self._items == 0:
-            self._last_end = None
+            self._ends.clear()
 
 
 class Batcher(Generic[Item, Result]):
@@ -190,7 +201,7 @@ class Batcher(Generic[Item, Result]):
         queue_size: most items waiting; a request with more is accepted by an empty queue alone.
         max_wait_s: how long a free thread waits for a batch to fill; 0 never delays.
         batch_size_of: of items of that key, where it is smaller.
-        batches_of: batches of that key that the threads of one device may run at once.
+        batches_of: batches that one device may run at once while one of that key is among them.
         on_drop: told of items that left the queue unanswered.
         lag_s: how long an item has waited already when it is heard of.
         clock: in seconds, the one deadlines are on.
@@ -213,7 +224,8 @@ class Batcher(Generic[Item, Result]):
         self._max_wait_s = max_wait_s
         self._batch_size_of = batch_size_of or (lambda key: max_batch_size)
         self._batches_of = batches_of
-        self._running: Counter[tuple[Hashable, str]] = Counter()
+        self._running: defaultdict[str, list[int]] = defaultdict(list)
+        """Of each batch under way on a device, how many there may be beside it and with it."""
         self._idle: Counter[str] = Counter()
         self._gathering = 0
         self._on_drop = on_drop
@@ -334,15 +346,17 @@ class Batcher(Generic[Item, Result]):
         """
         with self._changed:
             while True:
-                lanes = self._wait_for_lanes(device)
-                if not lanes:
+                lane = self._wait_for_turn(device)
+                if lane is None:
                     return None
-                lane = min(
-                    lanes, key=lambda lane: (lane.is_background, self._queues[lane][0].arrived)
-                )
+                batches = self._batches_of(lane.key, device)
+                # Before it gathers: another thread would else take its place.
+                self._running[device].append(batches)
                 self._wait_for_company(lane)
                 if taken := self._pop(lane):
-                    return self._batch(lane, taken, device)
+                    self._wake()
+                    return self._batch(lane, taken, partial(self._end, device, batches))
+                self._running[device].remove(batches)
 
     def close(self) -> None:
         """Refuse new items; what was accepted is still handed out."""
@@ -350,29 +364,37 @@ class Batcher(Generic[Item, Result]):
             self._is_closed = True
             self._changed.notify_all()
 
-    def _wait_for_lanes(self, device: str) -> list[_Lane]:
-        """Those that have a batch for the device; none once closed and empty."""
+    def _wait_for_turn(self, device: str) -> _Lane | None:
+        """The lane that the device is to take a batch of; None once closed and empty."""
         self._idle[device] += 1
-        self._changed.wait_for(lambda: self._takeable(device) or self._is_over())
+        self._changed.wait_for(lambda: self._next_lane(device) or self._is_over())
         self._idle[device] -= 1
-        return self._takeable(device)
+        return self._next_lane(device)
+
+    def _next_lane(self, device: str) -> _Lane | None:
+        """The lane whose turn it is, if the device may run a batch of it beside those it runs.
+
+        If it may not, nothing goes before it: it would wait for ever where others come and go.
+        """
+        lane = min(
+            self._queues,
+            key=lambda lane: (lane.is_background, self._queues[lane][0].arrived),
+            default=None,
+        )
+        running = self._running[device]
+        if lane is None or not running:
+            return lane
+        most = min(self._batches_of(lane.key, device), *running)
+        return None if lane.is_background or len(running) >= most else lane
 
     def _wake(self) -> None:
         """Tell the threads that wait for work, where there is some for them."""
         devices = [device for device, idle in self._idle.items() if idle]
         if self._gathering or self._is_closed:
             self._changed.notify_all()
-        elif any(self._takeable(device) for device in devices):
+        elif any(self._next_lane(device) for device in devices):
             # Of one device any thread will do; of several it might be the wrong one.
             self._changed.notify(1 if len(devices) == 1 else self._idle.total())
-
-    def _takeable(self, device: str) -> list[_Lane]:
-        """Lanes of which the device may run one batch more."""
-        return [
-            lane
-            for lane in self._queues
-            if self._running[lane.key, device] < self._batches_of(lane.key, device)
-        ]
 
     def _is_finished(self) -> bool:
         return self._is_closed and not self._held
@@ -485,27 +507,25 @@ class Batcher(Generic[Item, Result]):
             self._queues.pop(lane, None)
 
     def _batch(
-        self, lane: _Lane, taken: Sequence[_Pending[Item, Result]], device: str
+        self,
+        lane: _Lane,
+        taken: Sequence[_Pending[Item, Result]],
+        on_end: Callable[[int], None],
     ) -> Batch[Item, Result]:
         assert self._loop is not None, "an item can only come from submit"
         now = self._clock()
-        self._running[lane.key, device] += 1
-        # For another thread, what is left.
-        self._wake()
         return Batch(
             key=lane.key,
             items=[pending.item for pending in taken],
             waits_s=[now - pending.arrived for pending in taken],
             _requests=[(pending.request, pending.position) for pending in taken],
             _loop=self._loop,
-            _on_end=partial(self._end, lane.key, device),
+            _on_end=on_end,
         )
 
-    def _end(self, key: Hashable, device: str, count: int) -> None:
+    def _end(self, device: str, batches: int, count: int) -> None:
         with self._changed:
-            self._pace.end(count)
-            self._running[key, device] -= 1
-            if not self._running[key, device]:
-                # A key may hold a model that nothing else holds any more.
-                del self._running[key, device]
+            under_way = sum(map(len, self._running.values()))
+            self._pace.end(count, batches=under_way)
+            self._running[device].remove(batches)
             self._wake()

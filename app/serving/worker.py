@@ -170,7 +170,7 @@ def device_names(setting: str) -> Sequence[str]:
         raise SettingsError(
             f"NORMGATE_DEVICES names {', '.join(missing)}; this machine has {len(gpus)} GPUs"
         )
-    # Two threads on one device would share its detectors.
+    # A device named twice is one.
     return list(dict.fromkeys(names))
 
 

@@ -93,7 +93,8 @@ def on_onnxruntime(loaded: LoadedBundle) -> Classifier:
     threads = threads_a_pass(loaded.bundle.preprocessing.crop)
     passes = passes_at_once(threads)
     alone, beside = (
-        LogitsEngine(logits_session(loaded, threads=each)) for each in (threads, threads // passes)
+        LogitsEngine(logits_session(loaded, threads=each))
+        for each in (threads, threads - passes + 1)
     )
     engine = ConcurrentEngine(alone=alone, beside=beside)
     return Classifier(lambda images: engine.run(images).logits, engine=engine.name, passes=passes)

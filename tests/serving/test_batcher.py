@@ -468,20 +468,86 @@ def test_two_batches_at_once_where_the_key_allows_it() -> None:
     run(scenario())
 
 
-def test_one_batch_at_once_where_the_key_does_not() -> None:
-    """A second thread of the device leaves what waits to the first, and takes other keys."""
+@pytest.mark.parametrize(("first", "second"), [("one", "two"), ("two", "one"), ("one", "one")])
+@pytest.mark.parametrize("max_wait_s", [0, 0.01])
+def test_a_key_that_wants_the_device_for_itself_has_it(
+    first: str, second: str, max_wait_s: float
+) -> None:
+    """Nothing runs beside a batch of it on its device, whatever its key: they may be of a network."""
 
     async def scenario() -> None:
-        batcher = numbers(max_batch_size=1)
-        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(2)]
-        await until(lambda: batcher.depth == 2)
+        batcher = numbers(
+            batches_of=lambda key, device: 1 if key == "one" else 2, max_wait_s=max_wait_s
+        )
+        running: list[object] = []
+        seen: list[list[object]] = []
+
+        def work() -> None:
+            while (batch := batcher.take()) is not None:
+                running.append(batch.key)
+                seen.append(list(running))
+                time.sleep(0.001)  # a pass
+                running.remove(batch.key)
+                batch.complete(batch.items)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        keys = [first, second] * 20
+        answers = await asyncio.gather(*(batcher.submit(key, [i]) for i, key in enumerate(keys)))
+        batcher.close()
+        for thread in threads:
+            await asyncio.to_thread(thread.join, DEADLINE_S)
+        assert answers == [[i] for i in range(40)]
+        assert all(len(keys) == 1 for keys in seen if "one" in keys)
+
+    run(scenario())
+
+
+def test_the_background_waits_for_what_runs() -> None:
+    """A background item is taken once nothing runs, though a thread was free before."""
+
+    async def scenario() -> None:
+        batcher = numbers(batches_of=lambda key, device: 2)
+        live = asyncio.ensure_future(batcher.submit("key", [1]))
+        await until(lambda: batcher.depth == 1)
         first = batcher.take()
         assert first is not None
         with Doubler(batcher).working() as doubler:
-            assert await batcher.submit("other", [7]) == [14]
-            assert doubler.keys == ["other"]
-            first.complete([0])
-            assert await asyncio.gather(*waiting) == [[0], [2]]
+            shadow = asyncio.ensure_future(batcher.submit("key", [2], is_background=True))
+            assert await batcher.submit("key", [3]) == [6]
+            assert doubler.batches == [[3]]
+            first.complete([2])
+            assert await asyncio.gather(live, shadow) == [[2], [4]]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("apart_s", [0.5, 0.1, 0.01])
+def test_the_pace_of_two_batches_at_once(apart_s: float) -> None:
+    """Two at a time, a second each: half a second an item, however close together they end."""
+
+    async def scenario() -> None:
+        clock = Clock()
+        batcher = numbers(max_batch_size=1, batches_of=lambda key, device: 2, clock=clock)
+        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(14)]
+        await until(lambda: batcher.depth == 14)
+        running = [batcher.take(), batcher.take()]
+        for turn in range(10):
+            batch = running.pop(0)
+            assert batch is not None
+            clock.now += apart_s if turn % 2 else 1 - apart_s
+            batch.complete([2 * item for item in batch.items])
+            running.append(batcher.take())
+        # Two ahead and one for company, half a second each.
+        assert batcher.depth == 2
+        with pytest.raises(QueueFullError, match=r"2 images wait, about 1\.5 s"):
+            batcher.check_room(1, deadline=clock.now + 1)
+        for batch in running:
+            assert batch is not None
+            batch.complete([2 * item for item in batch.items])
+        with Doubler(batcher).working():
+            assert await asyncio.gather(*waiting) == [[2 * i] for i in range(14)]
 
     run(scenario())
 
