@@ -473,7 +473,7 @@ def test_two_batches_at_once_where_the_key_allows_it() -> None:
 def test_a_key_that_wants_the_device_for_itself_has_it(
     first: str, second: str, max_wait_s: float
 ) -> None:
-    """Nothing runs beside a batch of it on its device, whatever its key: they may be of a network."""
+    """Nothing runs beside a batch of it on its device, of whatever key."""
 
     async def scenario() -> None:
         batcher = numbers(
