@@ -170,7 +170,8 @@ def _add_calibrate(commands: Any) -> None:
         type=_json_object,
         default={},
         metavar="JSON",
-        help="""overrides the architecture's own, such as '{"resize": 256, "crop": 224}'""",
+        help="""overrides the architecture's own, such as '{"resize": 256, "crop": 224}', or
+        '{"scaled_decode": true}' to decode large JPEGs at 1/2, 1/4 or 1/8""",
     )
     parser.add_argument("--blocks", metavar="GLOB", help="candidate blocks, such as 'layer4.*'")
     parser.add_argument(

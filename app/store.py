@@ -72,6 +72,14 @@ class StoredPreprocessing(Preprocessing):
 
     decoder: Decoder
 
+    @model_validator(mode="after")
+    def _scales_are_known(self) -> Self:
+        if self.scaled_decode != (self.decoder.scaled_sha256 is not None):
+            raise ValueError(
+                "scaled_decode and the decoder's scaled_sha256 must be there together or not at all"
+            )
+        return self
+
 
 class JigsawOptions(_Part):
     """How the puzzles of the selection images were made."""
@@ -242,7 +250,8 @@ class LoadedBundle:
             engine = self._agreeing(detector, graphs, threads=threads)
             if passes == 1:
                 return detector.on_engine(engine)
-            beside = self._agreeing(detector, graphs, threads=max(1, threads // passes))
+            # Passes at once share the threads of a session; besides, each has that which began it.
+            beside = self._agreeing(detector, graphs, threads=max(1, threads - passes + 1))
             engines = ConcurrentEngine(alone=engine, beside=beside)
             return detector.on_engine(engines, passes=passes)
         except EngineError as error:
@@ -645,8 +654,12 @@ def _title(bundle: Bundle) -> str:
 
 
 def _check_decoder(bundle: Bundle) -> None:
-    recorded, installed = bundle.preprocessing.decoder, installed_decoder()
-    if recorded.reference_sha256 != installed.reference_sha256:
+    recorded = bundle.preprocessing.decoder
+    installed = installed_decoder(scaled=bundle.preprocessing.scaled_decode)
+    if (recorded.reference_sha256, recorded.scaled_sha256) != (
+        installed.reference_sha256,
+        installed.scaled_sha256,
+    ):
         raise BundleError(
             f"{_title(bundle)} was calibrated on pixels decoded by {recorded.jpeg}; "
             f"{installed.jpeg} decodes to other pixels, which voids the threshold"

@@ -1,8 +1,9 @@
 """How the cost of an image grows: ``python -m benchmarks.growth``.
 
 With the images of a forward pass (threads of one pass, and two passes at once), with the pixels of
-the file, and with the depth of the block at which the gate stops. Milliseconds of processor time an
-image; medians of rounds in which all take turns, so that what else the machine does counts for all.
+the file (decoded whole, and at a scale), and with the depth of the block at which the gate stops.
+Milliseconds of processor time an image; medians of rounds in which all take turns, so that what
+else the machine does counts for all.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import torch
@@ -24,7 +26,7 @@ from app.core.allocator import keep_memory
 from app.core.blocks import BlockNorms, find_blocks
 from app.core.cores import usable_cores
 from app.core.detector import Detector
-from app.core.images import Preprocessing, decode
+from app.core.images import Preprocessing, load
 from app.core.networks import Architecture, build, default_preprocessing
 from app.store import Store
 from benchmarks.bench.cases import MAX_BATCH_SIZE, OUTPUT, make_case
@@ -32,7 +34,11 @@ from benchmarks.bench.cases import MAX_BATCH_SIZE, OUTPUT, make_case
 RESULTS: Final = OUTPUT / "growth.json"
 _NETWORKS: Final = ("cifar", "mobilenet")
 _BATCH_SIZES: Final = (1, 2, 4, 8, 16, MAX_BATCH_SIZE)
-_MEGAPIXELS: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
+_MEGAPIXELS: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 12.0)
+_TILES: Final = 8
+"""Photographs on a side of the mosaic: about as many megapixels as the largest photograph."""
+_AT_A_SCALE: Final = ", at a scale"
+_COST: Final = "ms of processor time an image"
 _DEPTH: Final = "torchvision/resnet50"
 _ROUNDS: Final = 5
 _SECONDS_A_TURN: Final = 0.3
@@ -40,22 +46,30 @@ _SECONDS_A_TURN: Final = 0.3
 Run = Callable[[], int]
 """Does some work; the images it was done for."""
 Figures = Mapping[str, float]
-"""Milliseconds of processor time an image."""
+"""Milliseconds of processor time an image, or ratios of them."""
 
 
 def main() -> int:
-    """Print three tables and keep them as JSON."""
+    """Print the tables and keep them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round, to see that it works")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="tables whose title holds it, such as megapixels"
+    )
     arguments = parser.parse_args()
     rounds = 1 if arguments.quick else _ROUNDS
     keep_memory()
     console, found = Console(width=120), {}
-    tables = [(f"images in a pass, {name}", _passes(name)) for name in _NETWORKS]
-    tables += [("megapixels of a JPEG", _pixels()), (f"blocks of {_DEPTH}", _depth())]
-    for title, ways in tables:
-        found[title] = in_turns(ways, rounds=rounds)
-        _print(title, found[title], console)
+    tables: dict[str, Callable[[], dict[str, Run]]] = {
+        f"images in a pass, {name}": partial(_passes, name) for name in _NETWORKS
+    }
+    tables |= {"megapixels of a JPEG": _pixels, f"blocks of {_DEPTH}": _depth}
+    for title in (title for title in tables if arguments.only in title):
+        found[title] = in_turns(tables[title](), rounds=rounds)
+        _print(title, found[title], console, unit=_COST)
+        if ratios := times_as_long(found[title]):
+            found[f"{title}, ratio"] = ratios
+            _print(title, ratios, console, unit="decoded whole / at a scale")
     OUTPUT.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=1))
     return 0
@@ -86,6 +100,15 @@ def in_turns(
                 images += run()
             costs[name].append(1000 * (clock() - started) / images)
     return {name: statistics.median(values) for name, values in costs.items()}
+
+
+def times_as_long(figures: Figures) -> Figures:
+    """What decoding whole costs over what it does at a scale, where both were measured."""
+    return {
+        name: cost / figures[name + _AT_A_SCALE]
+        for name, cost in figures.items()
+        if name + _AT_A_SCALE in figures
+    }
 
 
 def _passes(name: str) -> dict[str, Run]:
@@ -131,24 +154,48 @@ def _side_by_side(detector: Detector, images: torch.Tensor, *, passes: int) -> R
 
 
 def _pixels() -> dict[str, Run]:
-    """Decoding and resizing of one photograph, scaled to so many megapixels."""
+    """Decoding and resizing of one photograph, scaled to so many megapixels, and of a mosaic.
+
+    Enlarged, a photograph has less to decode in a pixel than a camera's; the mosaic has more.
+    """
     case = make_case("mobilenet")
-    preprocessing = Store(case.store).load(case.model).bundle.preprocessing
-    photograph = Image.open(case.images[0]).convert("RGB")
-    return {f"{size:g}": _decode(_scaled(photograph, size), preprocessing) for size in _MEGAPIXELS}
+    whole = Store(case.store).load(case.model).bundle.preprocessing
+    scaled = whole.model_copy(update={"scaled_decode": True})
+    photographs = [Image.open(file).convert("RGB") for file in case.images]
+    files = {f"{size:g}": _scaled(photographs[0], size) for size in _MEGAPIXELS}
+    files["mosaic"] = _mosaic(photographs)
+    return {
+        name + how: _load(data, preprocessing)
+        for name, data in files.items()
+        for how, preprocessing in (("", whole), (_AT_A_SCALE, scaled))
+    }
 
 
 def _scaled(photograph: Image.Image, megapixels: float) -> bytes:
     factor = (megapixels * 1e6 / (photograph.width * photograph.height)) ** 0.5
     size = (round(photograph.width * factor), round(photograph.height * factor))
+    return _jpeg(photograph.resize(size))
+
+
+def _mosaic(photographs: Sequence[Image.Image]) -> bytes:
+    width, height = photographs[0].size
+    mosaic = Image.new("RGB", (_TILES * width, _TILES * height))
+    for place in range(_TILES**2):
+        row, column = divmod(place, _TILES)
+        tile = photographs[place % len(photographs)].resize((width, height))
+        mosaic.paste(tile, (column * width, row * height))
+    return _jpeg(mosaic)
+
+
+def _jpeg(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    photograph.resize(size).save(file, "JPEG", quality=90)
+    image.save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
-def _decode(data: bytes, preprocessing: Preprocessing) -> Run:
+def _load(data: bytes, preprocessing: Preprocessing) -> Run:
     def run() -> int:
-        preprocessing.resize_and_crop(decode(data))
+        load(data, preprocessing)
         return 1
 
     return run
@@ -183,10 +230,10 @@ def _gates(network: torch.nn.Module, inputs: torch.Tensor) -> Iterator[tuple[str
     yield "whole network", whole
 
 
-def _print(title: str, figures: Figures, console: Console) -> None:
+def _print(title: str, figures: Figures, console: Console, *, unit: str) -> None:
     table = Table(title=title)
     table.add_column(title.split(",")[0])
-    table.add_column("ms of processor time an image", justify="right")
+    table.add_column(unit, justify="right")
     for name, cost in figures.items():
         table.add_row(name, f"{cost:.3g}")
     console.print(table)

@@ -86,7 +86,8 @@ def test_every_flag_reaches_the_bundle(calibrate: Calibrate, tmp_path: Path) -> 
         *("--guarantee", "pac", "--delta", "0.3", "--alpha", "0.3", "--batch-size", "7"),
         *("--labels", str(tmp_path / "labels.txt")),
         *("--score", "selected_norm_energy", "--abstain-alpha", "0.5", "--per-class"),
-        *("--preprocessing", '{"interpolation": "bicubic", "resize": 36}'),
+        "--preprocessing",
+        '{"interpolation": "bicubic", "resize": 36, "scaled_decode": true}',
     )
 
     assert status == 0
@@ -107,6 +108,7 @@ def test_every_flag_reaches_the_bundle(calibrate: Calibrate, tmp_path: Path) -> 
         36,
         32,
     )
+    assert preprocessing.scaled_decode
     # Not overridden, so still the architecture's own.
     assert preprocessing.mean == (0.4914, 0.4822, 0.4465)
 

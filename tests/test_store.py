@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save, save_file
 
+from app.core.images import installed_decoder
 from app.errors import BundleError, BundleNotFoundError
 from app.store import (
     BUNDLE_FILE,
@@ -523,6 +524,39 @@ def test_other_decoded_pixels_are_refused(store: Store) -> None:
 
     with pytest.raises(BundleError, match=r"bundle tiny/1 .*decoded by otherjpeg 1\.0; simplejpeg"):
         store.load("tiny")
+
+
+def test_other_pixels_at_a_scale_are_refused(store: Store) -> None:
+    """Where JPEGs are decoded at a scale, so is the reference; a bundle says what came of it."""
+
+    def scaled(document: Document, digest: str | None) -> None:
+        document["preprocessing"]["scaled_decode"] = True
+        document["preprocessing"]["decoder"]["scaled_sha256"] = digest
+
+    edit(store, lambda document: scaled(document, installed_decoder(scaled=True).scaled_sha256))
+    assert store.load("tiny").bundle.preprocessing.scaled_decode
+
+    edit(store, lambda document: scaled(document, "0" * 64))
+    with pytest.raises(BundleError, match="decodes to other pixels"):
+        store.load("tiny")
+
+    edit(store, lambda document: scaled(document, None))
+    with pytest.raises(BundleError, match="scaled_sha256 must be there together"):
+        store.load("tiny")
+
+
+def test_bundles_from_before_the_scaled_decode(store: Store) -> None:
+    """A description that does not know of it means whole images, as ever."""
+
+    def older(document: Document) -> None:
+        del document["preprocessing"]["scaled_decode"]
+        del document["preprocessing"]["decoder"]["scaled_sha256"]
+
+    before = store.read("tiny")
+    edit(store, older)
+
+    assert store.load("tiny").bundle == before
+    assert not before.preprocessing.scaled_decode
 
 
 def test_another_decoder_version_with_the_same_pixels_is_fine(store: Store) -> None:

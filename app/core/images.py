@@ -3,6 +3,7 @@
 Calibration and serving both go through this module, so that a score has one meaning. JPEG is
 decoded by simplejpeg (libjpeg-turbo), everything else by Pillow, whose header parser also
 guards the JPEG path: nothing is decoded before its format and pixel count are accepted.
+Where the preprocessing says so, libjpeg-turbo decodes large JPEGs at 1/2, 1/4 or 1/8.
 
 Errors::
 
@@ -18,7 +19,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +52,14 @@ MAX_SCALED_PIXELS: Final = 50_000_000
 """Most pixels of an image whose shorter side has been scaled: a line becomes many times its own."""
 MAX_READS: Final = 100_000
 """Pieces that a file is read in: Pillow walks from segment to segment, some microseconds each."""
+REDUCTIONS: Final = (8, 4, 2)
+"""Whole and fast scales of libjpeg-turbo, as divisors of both sides."""
+LEAST_REDUCED: Final = 2
+"""Shorter side of an image that was decoded smaller, in lengths of what it is then resized to.
+
+From twice the size on, what is left for the resize averages four pixels or more into one: its own
+filter goes on deciding what the network sees.
+"""
 REFERENCE_JPEG: Final = Path(__file__).with_name("reference.jpg")
 
 # ITU T.81, B.1.1: 0xff and another byte that is no stuffing, no restart and stands alone.
@@ -92,6 +101,15 @@ class ImageHeader:
     def pixels(self) -> int:
         """Width times height."""
         return self.width * self.height
+
+    @property
+    def is_common_jpeg(self) -> bool:
+        """Whether simplejpeg decodes it; Pillow does where colours are CMYK, and all else."""
+        return self.format == "JPEG" and self.mode in ("L", "RGB")
+
+    def reduced(self, by: int) -> "ImageHeader":
+        """Of the image as libjpeg decodes it at a scale: a part of a pixel becomes a whole one."""
+        return replace(self, width=-(-self.width // by), height=-(-self.height // by))
 
 
 def read_header(
@@ -156,14 +174,20 @@ def decode(
     return decode_accepted(data, read_header(data, max_pixels=max_pixels, max_scans=max_scans))
 
 
-def decode_accepted(data: bytes, header: ImageHeader) -> Pixels:
+def decode_accepted(data: bytes, header: ImageHeader, *, reduction: int = 1) -> Pixels:
     """As :func:`decode`, for an image whose header has been read and accepted.
+
+    Args:
+        data: the file's bytes.
+        header: its header.
+        reduction: 1 or one of ``REDUCTIONS``: the sides of a common JPEG are divided by it and
+            rounded up; others are decoded whole.
 
     Raises:
         UndecodableImageError: the pixels are truncated or corrupt.
     """
-    if header.format == "JPEG" and header.mode in ("L", "RGB"):
-        pixels = _decode_jpeg(data)
+    if header.is_common_jpeg:
+        pixels = _decode_jpeg(data, header, reduction)
     else:
         pixels = _decode_with_pillow(data)
     # Contiguous: torch takes no view with negative strides, as a mirrored image is.
@@ -174,7 +198,7 @@ class Preprocessing(BaseModel):
     """How pixels become the network's input; stored in the bundle and applied by both sides.
 
     ``resize`` scales the shorter side, ``crop`` then cuts the centre square. Images already of
-    the right size pass untouched.
+    the right size pass untouched. ``scaled_decode`` makes other pixels, and so other scores.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -186,6 +210,9 @@ class Preprocessing(BaseModel):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     colour: Literal["rgb"] = "rgb"
+    scaled_decode: bool = Field(
+        False, description="Whether JPEGs much larger than resize are decoded at 1/2, 1/4 or 1/8."
+    )
 
     @model_validator(mode="after")
     def _crop_fits(self) -> "Preprocessing":
@@ -196,6 +223,18 @@ class Preprocessing(BaseModel):
         if min(self.std) <= 0:
             raise ValueError(f"std is {self.std}; every channel must be above 0")
         return self
+
+    def reduction(self, header: ImageHeader) -> int:
+        """How many times fewer pixels a side has when it is decoded: 1, 2, 4 or 8.
+
+        The most that leaves the shorter side ``LEAST_REDUCED`` times ``resize``; 1 for all but
+        common JPEGs. The orientation does not matter.
+        """
+        if not (self.scaled_decode and header.is_common_jpeg):
+            return 1
+        least = LEAST_REDUCED * self.resize
+        sides = ((by, header.reduced(by)) for by in REDUCTIONS)
+        return next((by for by, side in sides if min(side.width, side.height) >= least), 1)
 
     def scaled_pixels(self, width: int, height: int) -> int:
         """Pixels of an image of that size once its shorter side is ``resize``, before the crop.
@@ -215,17 +254,27 @@ class Preprocessing(BaseModel):
             )
         return scaled
 
-    def resize_and_crop(self, pixels: Pixels) -> Tensor:
+    def resize_and_crop(self, pixels: Pixels, *, shape: tuple[int, int] | None = None) -> Tensor:
         """The network's field of view as ``[3, crop, crop]`` uint8, on the CPU.
+
+        Args:
+            pixels: ``[H, W, 3]`` uint8.
+            shape: the sides of the whole image where ``pixels`` are of it at a scale, which
+                rounds them: the field of view is the whole image's.
 
         Raises:
             ImageTooLargeError: see :meth:`scaled_pixels`.
         """
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         if min(image.shape[1:]) != self.resize:
-            self.scaled_pixels(image.shape[2], image.shape[1])
+            height, width = shape or image.shape[1:]
+            self.scaled_pixels(width, height)
             image = resize(
-                image, self.resize, interpolation=self.interpolation, antialias=self.antialias
+                image,
+                self.resize,
+                interpolation=self.interpolation,
+                antialias=self.antialias,
+                shape=shape,
             )
         if image.shape[1:] != (self.crop, self.crop):
             image = crop_centre(image, self.crop)
@@ -257,14 +306,28 @@ def load(
     Raises:
         ImageError: the bytes are not an image that can be scored.
     """
-    return preprocessing.resize_and_crop(decode(data, max_pixels=max_pixels))
+    return load_accepted(data, read_header(data, max_pixels=max_pixels), preprocessing)
+
+
+def load_accepted(data: bytes, header: ImageHeader, preprocessing: Preprocessing) -> Tensor:
+    """As :func:`load`, for an image whose header has been read and accepted.
+
+    Raises:
+        ImageTooLargeError: see :meth:`Preprocessing.scaled_pixels`.
+        UndecodableImageError: the pixels are truncated or corrupt.
+    """
+    reduction = preprocessing.reduction(header)
+    pixels = decode_accepted(data, header, reduction=reduction)
+    shape = (header.height, header.width) if reduction > 1 else None
+    return preprocessing.resize_and_crop(pixels, shape=shape)
 
 
 class Decoder(BaseModel):
     """The libraries that decode, and what they make of a reference JPEG.
 
     A threshold is only valid for the pixels it was calibrated on. The hash tells whether this
-    installation decodes to the same pixels, whatever the version numbers say.
+    installation decodes to the same pixels, whatever the version numbers say; the second is of
+    the reference at every scale, where JPEGs are decoded at a scale.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -272,17 +335,26 @@ class Decoder(BaseModel):
     jpeg: str
     other: str
     reference_sha256: str
+    scaled_sha256: str | None = None
 
 
 @cache
-def installed_decoder() -> Decoder:
-    """The decoder of this installation."""
-    pixels = decode(REFERENCE_JPEG.read_bytes())
+def installed_decoder(*, scaled: bool = False) -> Decoder:
+    """The decoder of this installation, and what it makes of the reference at a scale if asked."""
     return Decoder(
         jpeg=f"simplejpeg {version('simplejpeg')}",
         other=f"pillow {version('pillow')}",
-        reference_sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
+        reference_sha256=_reference_sha256(1),
+        scaled_sha256=_reference_sha256(*REDUCTIONS) if scaled else None,
     )
+
+
+def _reference_sha256(*reductions: int) -> str:
+    data = REFERENCE_JPEG.read_bytes()
+    header, digest = read_header(data), hashlib.sha256()
+    for reduction in reductions:
+        digest.update(decode_accepted(data, header, reduction=reduction).tobytes())
+    return digest.hexdigest()
 
 
 class _Pieces(io.BytesIO):
@@ -390,9 +462,12 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _decode_jpeg(data: bytes) -> Pixels:
+def _decode_jpeg(data: bytes, header: ImageHeader, reduction: int) -> Pixels:
+    # simplejpeg takes no scale, but the least sides: it chooses the scale that gives just those.
+    reduced = header.reduced(reduction)
+    least = {"min_height": reduced.height, "min_width": reduced.width} if reduction > 1 else {}
     try:
-        pixels: Pixels = simplejpeg.decode_jpeg(data)
+        pixels: Pixels = simplejpeg.decode_jpeg(data, **least)
     except ValueError as error:
         raise UndecodableImageError(f"JPEG is truncated or corrupt: {error}") from error
     return pixels

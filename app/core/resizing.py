@@ -17,7 +17,14 @@ _VECTORS: Final = ("AVX2", "AVX512")
 _ARM: Final = ("aarch64", "arm64")
 
 
-def resize(image: Tensor, side: int, *, interpolation: Interpolation, antialias: bool) -> Tensor:
+def resize(
+    image: Tensor,
+    side: int,
+    *,
+    interpolation: Interpolation,
+    antialias: bool,
+    shape: tuple[int, int] | None = None,
+) -> Tensor:
     """The image with its shorter side ``side`` pixels long, ``[3, H, W]`` uint8.
 
     Args:
@@ -25,9 +32,10 @@ def resize(image: Tensor, side: int, *, interpolation: Interpolation, antialias:
         side: in pixels.
         interpolation: how pixels between pixels are made.
         antialias: whether smaller images are of means; the nearest pixel never is one.
+        shape: whose proportions are kept; the image's own by default.
     """
     height, width = image.shape[1:]
-    shorter, longer = sorted((height, width))
+    shorter, longer = sorted(shape or (height, width))
     long_side = int(side * longer / shorter)
     size = (side, long_side) if height <= width else (long_side, side)
     if size == (height, width):

@@ -379,7 +379,8 @@ class _Run:
             architecture=options.architecture,
             labels=self._labels,
             preprocessing=StoredPreprocessing(
-                **self._preprocessing.model_dump(), decoder=installed_decoder()
+                **self._preprocessing.model_dump(),
+                decoder=installed_decoder(scaled=self._preprocessing.scaled_decode),
             ),
             dtype=options.dtype,
             block=selection.selected.name,

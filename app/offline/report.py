@@ -339,7 +339,8 @@ def _facts(bundle: Bundle) -> Table:
         "computes in": bundle.dtype,
         "created": f"{bundle.created:%Y-%m-%d %H:%M} UTC",
         "input": f"{preprocessing.crop} pixels of {preprocessing.resize}, "
-        f"{preprocessing.interpolation}; decoded by {preprocessing.decoder.jpeg}",
+        f"{preprocessing.interpolation}; decoded by {preprocessing.decoder.jpeg}"
+        + (", large JPEGs at a scale" if preprocessing.scaled_decode else ""),
         "selection images": _fingerprint(bundle.data.selection),
         "threshold images": _fingerprint(bundle.data.threshold),
         "jigsaw": f"{bundle.jigsaw.tiles} x {bundle.jigsaw.tiles}, edge {bundle.jigsaw.edge}, "

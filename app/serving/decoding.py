@@ -13,7 +13,7 @@ from torch import Tensor
 from app.core.images import (
     ImageHeader,
     Preprocessing,
-    decode_accepted,
+    load_accepted,
     read_header,
     read_plain_header,
 )
@@ -30,6 +30,8 @@ TINY_PIXELS: Final = 64 * 64
 millisecond."""
 _USUAL_BYTES_PER_PIXEL: Final = 9
 """A progressive JPEG's coefficients, then RGB."""
+_COEFFICIENTS_BYTES: Final = 6
+"""Of each pixel of the file, at whatever scale it is decoded."""
 _RGB_BYTES: Final = 3
 _SCALED_BYTES_PER_PIXEL: Final = 6
 """Of the scaled image, beside the decoded one: itself and a copy."""
@@ -115,7 +117,7 @@ class Decoders:
     ) -> Tensor:
         _check_deadline(deadline)
         with self._budget.held(_working_bytes(header, preprocessing)):
-            return preprocessing.resize_and_crop(decode_accepted(data, header))
+            return load_accepted(data, header, preprocessing)
 
 
 def decoded_bytes(header: ImageHeader) -> int:
@@ -126,9 +128,13 @@ def decoded_bytes(header: ImageHeader) -> int:
 
 def _working_bytes(header: ImageHeader, preprocessing: Preprocessing) -> int:
     """What decoding and then scaling may hold at their peak."""
+    reduction = preprocessing.reduction(header)
+    decoded = _RGB_BYTES * header.reduced(reduction).pixels
     scaled = preprocessing.scaled_pixels(header.width, header.height)
-    scaling = _RGB_BYTES * header.pixels + _SCALED_BYTES_PER_PIXEL * scaled
-    return max(decoded_bytes(header), scaling)
+    decoding = decoded_bytes(header)
+    if reduction > 1:
+        decoding = _COEFFICIENTS_BYTES * header.pixels + decoded
+    return max(decoding, decoded + _SCALED_BYTES_PER_PIXEL * scaled)
 
 
 def _check_deadline(deadline: float) -> None:

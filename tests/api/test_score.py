@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from app.core.images import load
+from app.core.networks import CIFAR_PREPROCESSING
 from app.main import create_app
 from app.offline.calibrate import CalibrationOptions, calibrate
 from app.settings import Settings
@@ -171,6 +173,33 @@ def test_openapi_describes_the_bodies(client: TestClient) -> None:
     assert {"200", "400", "404", "413", "415", "422", "429", "503", "504"} <= set(
         operation["responses"]
     )
+
+
+def test_a_bundle_with_a_scaled_decode(tiny_options: CalibrationOptions, tmp_path: Path) -> None:
+    """Over HTTP large JPEGs get the scores that they have offline and had in calibration."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    files = {f"{seed:02}.jpg": jpeg(seed, height=200, width=264) for seed in range(24)}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    scaled = CIFAR_PREPROCESSING.model_copy(update={"scaled_decode": True})
+    options = replace(tiny_options, threshold_images=folder, preprocessing=scaled)
+    store = Store(tmp_path / "store")
+    calibrate(options, store, progress=silent)
+    loaded = store.load("tiny")
+    images = [load(data, loaded.bundle.preprocessing) for data in files.values()]
+    whole = torch.stack([load(data, CIFAR_PREPROCESSING) for data in files.values()])
+    detector = loaded.detector()
+    offline = [float(detector.detect(image[None]).scores[0]) for image in images]
+
+    with TestClient(create_app(Settings(model_store=store.root))) as client:
+        wait_until_ready(client)
+        answers = [client.post("/v1/score", content=data).json() for data in files.values()]
+
+    served = [answer["results"][0]["score"] for answer in answers]
+    assert served == pytest.approx(offline, rel=1e-5)
+    assert sorted(served) == pytest.approx(loaded.calibration_scores.tolist(), rel=1e-4)
+    assert detector.detect(whole).scores.tolist() != pytest.approx(offline, rel=1e-4)
 
 
 def test_uncertain_images(tiny_options: CalibrationOptions, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.growth import in_turns
+from benchmarks.growth import in_turns, times_as_long
 
 
 def test_cost_of_an_image() -> None:
@@ -30,3 +30,8 @@ def test_cost_of_an_image() -> None:
 
     assert costs == {"slow": pytest.approx(200), "batched": pytest.approx(50)}
     assert runs == ["slow", "batched", *3 * ["slow", "slow", "slow", "batched", "batched"]]
+
+
+def test_what_a_scaled_decode_gives() -> None:
+    """Both sides are of one run; what was measured on one side alone has no ratio."""
+    assert times_as_long({"4": 30.0, "4, at a scale": 12.0, "layer1": 7.0}) == {"4": 2.5}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,11 +20,13 @@ from pydantic import ValidationError
 
 from app.core.images import (
     FORMATS,
+    REDUCTIONS,
     REFERENCE_JPEG,
     ImageHeader,
     Pixels,
     Preprocessing,
     decode,
+    decode_accepted,
     installed_decoder,
     load,
     read_header,
@@ -410,8 +413,10 @@ def test_hostile_bytes(
         data[start : start + len(replacement)] = replacement
     hostile = bytes(data[: int(len(data) * length)])
 
-    with suppress(ImageError):
-        assert load(hostile, PLAIN, max_pixels=100_000).shape == (3, 32, 32)
+    for scaled in (PLAIN, preprocessing(resize=4, crop=4, scaled_decode=True)):
+        with suppress(ImageError):
+            tensor = load(hostile, scaled, max_pixels=100_000)
+            assert tensor.shape == (3, scaled.crop, scaled.crop)
 
 
 def preprocessing(**changes: Any) -> Preprocessing:
@@ -506,6 +511,117 @@ def test_load_is_decode_then_resize() -> None:
     assert torch.equal(load(data, PLAIN), PLAIN.resize_and_crop(decode(data)))
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "reduction"),
+    [
+        (64, 64, 1),
+        (126, 4000, 1),
+        (127, 4000, 2),
+        (4000, 128, 2),
+        (252, 252, 2),
+        (253, 253, 4),
+        (504, 600, 4),
+        (505, 505, 8),
+        (8000, 8000, 8),
+    ],
+)
+def test_reduction(width: int, height: int, reduction: int) -> None:
+    """Twice the target, 64 pixels, are left of the shorter side, of which parts of a pixel count.
+
+    An eighth of 505 pixels is 64 of them; 4:3 or the long side does not matter.
+    """
+    header = ImageHeader("JPEG", width, height, "RGB", orientation=1)
+
+    assert preprocessing(scaled_decode=True).reduction(header) == reduction
+    assert PLAIN.reduction(header) == 1
+
+
+@pytest.mark.parametrize(
+    ("image_format", "mode"), [("PNG", "RGB"), ("WEBP", "RGB"), ("JPEG", "CMYK")]
+)
+def test_what_pillow_decodes_is_decoded_whole(image_format: str, mode: str) -> None:
+    """A scaled decode is of the JPEGs that simplejpeg decodes; it changes no other image."""
+    data = encode(picture(height=600, width=800).convert(mode), image_format)
+    scaled = preprocessing(scaled_decode=True)
+
+    assert scaled.reduction(read_header(data)) == 1
+    assert torch.equal(load(data, scaled), load(data, PLAIN))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("colours", ["4:4:4", "4:2:2", "4:2:0", "gray"])
+def test_scaled_pixels(colours: str, progressive: bool, reduction: int) -> None:
+    """At each scale there are the pixels of libjpeg-turbo, simplejpeg's and Pillow's build alike.
+
+    The sides are odd: the last block of each colour is a part of one.
+    """
+    drawn, options = picture(height=203, width=301), {"subsampling": colours}
+    if colours == "gray":
+        drawn, options = drawn.convert("L"), {}
+    data = encode(drawn, "JPEG", progressive=progressive, **options)
+    height, width = -(-203 // reduction), -(-301 // reduction)
+
+    pixels = decode_accepted(data, read_header(data), reduction=reduction)
+
+    assert pixels.shape == (height, width, 3)
+    assert np.array_equal(pixels, simplejpeg.decode_jpeg(data, min_height=height, min_width=width))
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft(None, (301 // reduction, 203 // reduction))
+        assert np.array_equal(pixels, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_scaled_image_lies_upright(orientation: int) -> None:
+    """What was decoded at a scale is turned as the whole image is."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    drawn = picture(height=300, width=500)
+    data = encode(drawn, "JPEG", exif=exif, quality=95)
+    scaled = preprocessing(scaled_decode=True)
+    assert scaled.reduction(read_header(data)) == 4
+
+    whole, found = load(data, PLAIN).float(), load(data, scaled).float()
+
+    assert (whole - found).abs().max() <= 3
+
+
+def test_a_scaled_decode_is_what_is_resized() -> None:
+    """Loading at a scale is that decode, then the resize; and it makes other pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (272, 256, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), "JPEG")
+    scaled = preprocessing(scaled_decode=True)
+
+    pixels = simplejpeg.decode_jpeg(data, min_height=68, min_width=64)
+
+    assert pixels.shape == (68, 64, 3)
+    assert torch.equal(load(data, scaled), scaled.resize_and_crop(pixels))
+    assert not torch.equal(load(data, scaled), load(data, PLAIN))
+
+
+def test_a_scale_keeps_the_field_of_view() -> None:
+    """A scale rounds the sides up, and with them the proportions; the whole image's are kept.
+
+    Of 260 x 781 pixels an eighth is 33 x 98: by these the longer side would become 47 pixels.
+    """
+    data = encode(picture(height=260, width=781), "JPEG")
+    square = preprocessing(resize=16, crop=16, scaled_decode=True)
+    pixels = decode_accepted(data, read_header(data), reduction=8)
+
+    assert pixels.shape == (33, 98, 3)
+    assert (16 * 781 // 260, 16 * 98 // 33) == (48, 47)
+    assert torch.equal(load(data, square), square.resize_and_crop(pixels, shape=(260, 781)))
+    assert not torch.equal(load(data, square), square.resize_and_crop(pixels))
+
+
+def test_a_truncated_jpeg_is_no_image_at_any_scale() -> None:
+    """What cannot be decoded whole is not scored from what there is of it."""
+    data = encode(picture(height=600, width=800), "JPEG")
+
+    with pytest.raises(UndecodableImageError, match="truncated"):
+        load(data[: len(data) // 2], preprocessing(scaled_decode=True))
+
+
 def test_installed_decoder() -> None:
     """The decoder is known by its libraries and by what it makes of the reference JPEG."""
     decoder = installed_decoder()
@@ -514,6 +630,19 @@ def test_installed_decoder() -> None:
     assert decoder.reference_sha256 == hashlib.sha256(reference.tobytes()).hexdigest()
     assert decoder.jpeg.startswith("simplejpeg ")
     assert decoder.other.startswith("pillow ")
+    assert decoder.scaled_sha256 is None
+
+
+def test_installed_decoder_at_a_scale() -> None:
+    """For a scaled decode it is known by what it makes of the reference at each scale, too."""
+    data, digest = REFERENCE_JPEG.read_bytes(), hashlib.sha256()
+    for side in (8, 16, 32):
+        digest.update(simplejpeg.decode_jpeg(data, min_height=side, min_width=side).tobytes())
+
+    decoder = installed_decoder(scaled=True)
+
+    assert decoder.scaled_sha256 == digest.hexdigest()
+    assert decoder.reference_sha256 == installed_decoder().reference_sha256
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])

@@ -25,6 +25,8 @@ from tests.pictures import encoded, jpeg
 
 NEVER = float("inf")
 LINE = jpeg(1, height=1, width=5000)
+HELD_WIDTH = 250
+"""An eighth of the large image."""
 LARGE = simplejpeg.encode_jpeg(np.zeros((2001, 2000, 3), dtype=np.uint8))
 DEADLINE_S = 30
 
@@ -100,24 +102,50 @@ def test_scaling_counts_against_the_budget() -> None:
     run(scenario())
 
 
+def test_a_scaled_decode_needs_less_of_the_budget() -> None:
+    """Six bytes of coefficients a pixel of the file, and three of RGB a pixel that is decoded.
+
+    Its pixels are those of calibration.
+    """
+    scaled = CIFAR_PREPROCESSING.model_copy(update={"scaled_decode": True})
+    data = jpeg(1, height=600, width=801)
+    needed = 6 * 600 * 801 + 3 * 75 * 101
+
+    async def scenario() -> None:
+        pool, short = decoders(budget=needed), decoders(budget=needed - 1)
+        image = await pool.decode(data, scaled, deadline=NEVER)
+        assert image.equal(load(data, scaled))
+        for one, whole in ((short, scaled), (pool, CIFAR_PREPROCESSING)):
+            with pytest.raises(MemoryBudgetError):
+                await one.decode(data, whole, deadline=NEVER)
+        pool.shutdown()
+        short.shutdown()
+
+    run(scenario())
+
+
 class Held(Preprocessing):
     """A preprocessing that holds every large image until it is let go."""
 
-    def resize_and_crop(self, pixels: Any) -> Any:
+    def resize_and_crop(self, pixels: Any, **options: Any) -> Any:
         """As usual, once large images may pass."""
-        if pixels.shape[1] >= 2000:
+        if pixels.shape[1] >= HELD_WIDTH:
             assert _may_pass.wait(DEADLINE_S)
-        return super().resize_and_crop(pixels)
+        return super().resize_and_crop(pixels, **options)
 
 
 _may_pass = threading.Event()
 
 
-@pytest.mark.parametrize("large", [LARGE, LINE], ids=["large", "line"])
-def test_large_images_do_not_starve_small_ones(large: bytes) -> None:
+@pytest.mark.parametrize(
+    ("large", "is_scaled"),
+    [(LARGE, False), (LINE, False), (LARGE, True)],
+    ids=["large", "line", "decoded at a scale"],
+)
+def test_large_images_do_not_starve_small_ones(large: bytes, is_scaled: bool) -> None:
     """However many images, large or large when scaled, are stuck, a small one is decoded."""
     _may_pass.clear()
-    held = Held(**CIFAR_PREPROCESSING.model_dump())
+    held = Held(**(CIFAR_PREPROCESSING.model_dump() | {"scaled_decode": is_scaled}))
 
     async def scenario() -> None:
         pool = decoders(decode_threads=1)
