@@ -250,7 +250,7 @@ class LoadedBundle:
             engine = self._agreeing(detector, graphs, threads=threads)
             if passes == 1:
                 return detector.on_engine(engine)
-            # Passes at once share the threads of a session; besides, each has that which began it.
+            # A session's passes share all its threads but one: the thread that calls is that one.
             beside = self._agreeing(detector, graphs, threads=max(1, threads - passes + 1))
             engines = ConcurrentEngine(alone=engine, beside=beside)
             return detector.on_engine(engines, passes=passes)
@@ -726,4 +726,12 @@ def _as_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _as_json(bundle: Bundle) -> bytes:
-    return (bundle.model_dump_json(indent=2) + "\n").encode()
+    if bundle.preprocessing.scaled_decode:
+        text = bundle.model_dump_json(indent=2)
+    else:
+        # What does not use them is without these fields, and older servers go on reading it.
+        text = bundle.model_dump_json(
+            indent=2,
+            exclude={"preprocessing": {"scaled_decode": True, "decoder": {"scaled_sha256": True}}},
+        )
+    return (text + "\n").encode()

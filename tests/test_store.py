@@ -545,18 +545,13 @@ def test_other_pixels_at_a_scale_are_refused(store: Store) -> None:
         store.load("tiny")
 
 
-def test_bundles_from_before_the_scaled_decode(store: Store) -> None:
-    """A description that does not know of it means whole images, as ever."""
+def test_bundles_without_the_scaled_decode_do_not_name_it(store: Store) -> None:
+    """They mean whole images, as ever, and servers from before it go on reading them."""
+    document = json.loads((store.root / "tiny" / "1" / BUNDLE_FILE).read_text())
 
-    def older(document: Document) -> None:
-        del document["preprocessing"]["scaled_decode"]
-        del document["preprocessing"]["decoder"]["scaled_sha256"]
-
-    before = store.read("tiny")
-    edit(store, older)
-
-    assert store.load("tiny").bundle == before
-    assert not before.preprocessing.scaled_decode
+    assert "scaled_decode" not in document["preprocessing"]
+    assert "scaled_sha256" not in document["preprocessing"]["decoder"]
+    assert not store.load("tiny").bundle.preprocessing.scaled_decode
 
 
 def test_another_decoder_version_with_the_same_pixels_is_fine(store: Store) -> None:

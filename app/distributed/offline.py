@@ -144,6 +144,8 @@ class RayCluster:
         except RayError as error:
             where = _where(reading.source, attempts)
             raise NormGateError(f"Ray's workers failed{where}: {last_line(error)}") from error
+        finally:
+            attempts.forget()
 
     def _spread(
         self, function: Callable[[ItemT], ResultT], items: Iterable[ItemT], /
@@ -224,7 +226,6 @@ def _result_of(item: object, reference: Any) -> Any:
 def _where(source: ImageSource, attempts: Attempts) -> str:
     """At which images workers died again and again, for a message; empty where none did."""
     worst = attempts.most()
-    attempts.forget()
     # What was begun once was under way when something else failed.
     if worst is None or worst[1] < 2:
         return ""

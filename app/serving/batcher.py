@@ -35,8 +35,6 @@ _MOST_SLOWER: Final = 4
 """Times than the average that a batch counts as, however long it took."""
 _WAITING_SHARE: Final = 0.5
 """Of the time to a deadline that waiting may take: the estimate errs, and a late answer is lost."""
-_MOST_ENDS: Final = 64
-"""Of batches that are remembered; more are not under way."""
 _BACKGROUND_BATCHES: Final = 4
 """Batches of background items that may wait."""
 
@@ -141,6 +139,14 @@ class Batch(Generic[Item, Result]):
             request.fail(error)
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """A moment when a thread was free, and how many items had ended by then."""
+
+    time: float
+    ended: int
+
+
 class _Pace:
     """Seconds that an item takes, all threads together, measured while there is work.
 
@@ -152,8 +158,8 @@ class _Pace:
         self._clock = clock
         self.seconds_per_item = 0.0
         self._items = 0
-        self._ends: deque[tuple[float, int]] = deque(maxlen=_MOST_ENDS)
-        """When batches ended, and how many items they had."""
+        self._ended = 0
+        self._last_end: float | None = None
 
     def begin(self, count: int) -> None:
         self._items += count
@@ -162,18 +168,17 @@ class _Pace:
         self._items -= count
         self._rest_if_idle()
 
-    def end(self, count: int, *, batches: int) -> None:
-        """A batch has ended, one of so many that were under way.
+    def take(self) -> _Mark | None:
+        """What is to be told at the end of a batch that is taken now."""
+        return None if self._last_end is None else _Mark(self._last_end, self._ended)
 
-        Each of them has ended once in the time of one; the moments between two ends are of any
-        length, short ones more often.
-        """
-        now, back = self._clock(), min(batches, _MOST_ENDS)
-        if len(self._ends) >= back:
-            since = self._ends[-back][0]
-            others = sum(items for _, items in list(self._ends)[len(self._ends) - back + 1 :])
-            self._take_in((now - since) / (count + others), count)
-        self._ends.append((now, count))
+    def end(self, count: int, mark: _Mark | None) -> None:
+        """A batch has ended, and others beside it since it was taken: the time was for all."""
+        now = self._clock()
+        self._ended += count
+        if mark is not None:
+            self._take_in((now - mark.time) / (self._ended - mark.ended), count)
+        self._last_end = now
         self._items -= count
         self._rest_if_idle()
 
@@ -190,7 +195,7 @@ class _Pace:
 
     def _rest_if_idle(self) -> None:
         if self._items == 0:
-            self._ends.clear()
+            self._last_end = None
 
 
 class Batcher(Generic[Item, Result]):
@@ -355,7 +360,8 @@ class Batcher(Generic[Item, Result]):
                 self._wait_for_company(lane)
                 if taken := self._pop(lane):
                     self._wake()
-                    return self._batch(lane, taken, partial(self._end, device, batches))
+                    mark = self._pace.take()
+                    return self._batch(lane, taken, partial(self._end, device, batches, mark))
                 self._running[device].remove(batches)
 
     def close(self) -> None:
@@ -458,6 +464,8 @@ class Batcher(Generic[Item, Result]):
             dropped = len(queue) - len(kept)
             self._drop(lane, dropped)
             self._replace(lane, kept)
+            # What it kept from its turn may have it now.
+            self._wake()
         if dropped:
             self._on_drop(reason, dropped)
 
@@ -523,9 +531,8 @@ class Batcher(Generic[Item, Result]):
             _on_end=on_end,
         )
 
-    def _end(self, device: str, batches: int, count: int) -> None:
+    def _end(self, device: str, batches: int, mark: _Mark | None, count: int) -> None:
         with self._changed:
-            under_way = sum(map(len, self._running.values()))
-            self._pace.end(count, batches=under_way)
+            self._pace.end(count, mark)
             self._running[device].remove(batches)
             self._wake()

@@ -538,7 +538,7 @@ class ModelPool:
             # Its threads do not spin: they take no core from the event loop and the decoders.
             side = stored.bundle.preprocessing.crop
             threads = self._settings.compute_threads or threads_a_pass(side)
-            passes = passes_at_once(threads)
+            passes = passes_at_once(min(threads, threads_a_pass(side)))
             return stored.on_onnxruntime(detector, threads=threads, passes=passes)
         except EngineError as error:
             if wanted == "onnxruntime":

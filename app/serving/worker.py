@@ -110,10 +110,12 @@ class Worker:
             return False
         with self._busy():
             try:
-                batch.complete(self._detect(batch))
+                detections = self._detect(batch)
             except Exception:
                 logger.exception("batch of %d images failed on %s", len(batch.items), self._device)
                 batch.fail(ForwardError("the network failed on this batch"))
+            else:
+                batch.complete(detections)
         return True
 
     @contextmanager

@@ -92,8 +92,8 @@ def _case(name: str, images: Sequence[Path] | None = None) -> Case:
             images=images or sorted((unpack("cifar10") / "test").rglob("*.jpg"))[::_CIFAR_STEP],
             is_photographs=False,
             seconds=2,
-            loads=(*SINGLE, Load(1, MANY), Load(8, MANY), Load(32, MANY)),
-            our_loads=(Load(8), FULL),
+            loads=(*SINGLE, Load(1, MANY), Load(8, MANY)),
+            our_loads=(FULL,),
         )
     if name == "mobilenet":
         return Case(
@@ -104,8 +104,8 @@ def _case(name: str, images: Sequence[Path] | None = None) -> Case:
             images=images or _photographs(),
             is_photographs=True,
             seconds=3,
-            loads=(*SINGLE, Load(1, MANY), Load(8, MANY)),
-            our_loads=(FULL, Load(8, MANY)),
+            loads=(*SINGLE, Load(1, MANY)),
+            our_loads=(FULL,),
         )
     return Case(
         name=name,

@@ -1,7 +1,8 @@
 """``normgate`` whose detectors only classify: the same server, to price the OOD score.
 
 No hook reads a block, nothing is compared with the calibration; the answers carry constants where
-a verdict would be. The engine is the one that the service would choose.
+a verdict would be. The engine is the one that the service would choose by default; on a GPU torch
+runs the network, without graphs.
 """
 
 import sys
@@ -103,19 +104,21 @@ def on_onnxruntime(loaded: LoadedBundle) -> Classifier:
 def main() -> int:
     """Run ``normgate`` with such detectors."""
     detector = LoadedBundle.detector
-    convert = LoadedBundle.on_onnxruntime
+    convert, record = LoadedBundle.on_onnxruntime, LoadedBundle.on_cuda_graphs
 
     def restore() -> None:
         LoadedBundle.detector = detector  # type: ignore[method-assign]
         LoadedBundle.on_onnxruntime = convert  # type: ignore[method-assign]
+        LoadedBundle.on_cuda_graphs = record  # type: ignore[method-assign]
 
-    def unchanged(loaded: LoadedBundle, found: Classifier, **options: int) -> Classifier:
+    def unchanged(loaded: LoadedBundle, found: Classifier, **options: Any) -> Classifier:
         return found
 
     def replace() -> None:
         LoadedBundle.detector = classifier  # type: ignore[assignment, method-assign]
         # What runs on ONNX Runtime does so already.
         LoadedBundle.on_onnxruntime = unchanged  # type: ignore[assignment, method-assign]
+        LoadedBundle.on_cuda_graphs = unchanged  # type: ignore[assignment, method-assign]
 
     def classifier(loaded: LoadedBundle, *, device: str = "cpu") -> Classifier:
         restore()

@@ -3,13 +3,15 @@
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from app.core.detector import Detector
+from app.core.detector import ENGINE_TOLERANCE, Detector
 from app.core.recorded_engine import Pass, Recording
 from app.errors import EngineError
 from app.offline.export import export
@@ -210,3 +212,26 @@ def test_a_version_let_go_has_no_engine(store: Path) -> None:
 
     [family] = [one for one in metrics.registry.collect() if one.name == "normgate_model_engine"]
     assert family.samples == []
+
+
+@pytest.mark.parametrize(
+    ("tiny_side", "threads", "passes"), [(64, 2, 1), (16, 2, 2), (16, 1, 1), (16, 4, 2)]
+)
+def test_passes_at_once(
+    store: Path, monkeypatch: pytest.MonkeyPatch, tiny_side: int, threads: int, passes: int
+) -> None:
+    """Two share the threads, where images are not tiny; alone or together they score alike."""
+    monkeypatch.setattr("app.core.cores._TINY_SIDE", tiny_side)
+    settings = Settings.read({"model_store": store, "compute_threads": threads})
+    pool = ModelPool(settings, Metrics(), devices=("cpu",))
+    pool.load()
+    detector = pool.resolve("tiny").detectors["cpu"]
+    images = torch.stack([torch.full((3, 32, 32), 20 * i, dtype=torch.uint8) for i in range(8)])
+    truth = Store(store).load("tiny").detector().detect(images).scores
+
+    with ThreadPoolExecutor(passes) as workers:
+        found = list(workers.map(detector.detect, [images] * 8))
+
+    assert detector.passes == passes
+    for detections in found:
+        assert detections.scores == pytest.approx(truth, rel=ENGINE_TOLERANCE["float32"])
