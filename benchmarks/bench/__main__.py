@@ -114,10 +114,12 @@ def _cases(arguments: argparse.Namespace, console: Console) -> None:
     )
     for name in arguments.case or NAMES:
         case = replace(make_case(name, images=arguments.images), device=arguments.device)
-        result = measure_case(case, options, report=_report)
         # The table of goals is for the CPU.
         file = name if case.device == "cpu" else f"{name}-{case.device.replace(':', '')}"
-        result = _write(file, result, arguments)
+        before = _turns_before(file, arguments)
+        # What was measured stays, whatever ends the next turn.
+        for found in measure_case(case, options, report=_report):
+            result = _write(file, found, arguments, before=before)
         table.print_case(result, console)
         table.print_goals(table.as_json(case_goals(result)), console)
 
@@ -127,14 +129,14 @@ def _gate(arguments: argparse.Namespace, console: Console) -> None:
     result = early_exit.measure_early_exit(
         turns=turns, seconds=1 if arguments.quick else arguments.seconds, report=_report
     )
-    result = _write("gate", result, arguments)
+    result = _write("gate", result, arguments, before=_turns_before("gate", arguments))
     table.print_goals(table.as_json(early_exit.early_exit_goals(result)), console)
 
 
 def _startup(arguments: argparse.Namespace, console: Console) -> None:
     turns = arguments.turns or (1 if arguments.quick else _TURNS)
     result = startup.measure_startup(turns=turns, report=_report)
-    result = _write("startup", result, arguments)
+    result = _write("startup", result, arguments, before=_turns_before("startup", arguments))
     table.print_goals(table.as_json(startup.startup_goals(result)), console)
 
 
@@ -169,12 +171,21 @@ def _table(folder: Path, console: Console) -> None:
     (folder / "goals.json").write_text(written + "\n", encoding="utf-8")
 
 
-def _write(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """The result, with the turns of the last run before its own where they are wanted."""
+def _turns_before(name: str, arguments: argparse.Namespace) -> list[Any]:
+    """Those of the last run, where its own are to follow them."""
     file = arguments.output / f"{name}.json"
-    if arguments.append and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        result = result | {"turns": [*before["turns"], *result["turns"]]}
+    if not (arguments.append and file.is_file()):
+        return []
+    turns: list[Any] = json.loads(file.read_text(encoding="utf-8"))["turns"]
+    return turns
+
+
+def _write(
+    name: str, result: dict[str, Any], arguments: argparse.Namespace, *, before: list[Any]
+) -> dict[str, Any]:
+    """The result as it is written, after the turns from before."""
+    file = arguments.output / f"{name}.json"
+    result = result | {"turns": [*before, *result["turns"]]}
     machine = {"processor": platform.processor() or platform.machine(), "cores": len(CORES)}
     result = result | {"machine": machine, "peers": _versions()}
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

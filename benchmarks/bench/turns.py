@@ -54,8 +54,8 @@ class Options:
 Report = Callable[[str], None]
 
 
-def measure_case(case: Case, options: Options, *, report: Report) -> dict[str, Any]:
-    """All turns of a case, ready for JSON.
+def measure_case(case: Case, options: Options, *, report: Report) -> Iterator[dict[str, Any]]:
+    """The turns of a case so far, ready for JSON, after each of them.
 
     Raises:
         RuntimeError: a server does not start, or does not answer as NormGate does.
@@ -76,19 +76,20 @@ def measure_case(case: Case, options: Options, *, report: Report) -> dict[str, A
             servers.append(server)
             server.rest()
         agreement = _agreement(servers, images)
-        turns = [
-            _turn(case, servers, offline, options, images=images, number=number, report=report)
-            for number in range(options.turns)
-        ]
-    return {
-        "case": case.name,
-        "title": case.title,
-        "is_photographs": case.is_photographs,
-        "seconds": seconds,
-        "plans": plans,
-        "agreement": agreement,
-        "turns": turns,
-    }
+        turns: list[Turn] = []
+        for number in range(options.turns):
+            turns.append(
+                _turn(case, servers, offline, options, images=images, number=number, report=report)
+            )
+            yield {
+                "case": case.name,
+                "title": case.title,
+                "is_photographs": case.is_photographs,
+                "seconds": seconds,
+                "plans": plans,
+                "agreement": agreement,
+                "turns": turns,
+            }
 
 
 def _agreement(servers: Sequence[Running], images: Sequence[bytes]) -> dict[str, Any]:
