@@ -52,19 +52,6 @@ def onnx_engine(network: nn.Module, graphs: Graphs, *, threads: int = THREADS) -
 
 
 @pytest.fixture(scope="module")
-def network() -> nn.Module:
-    """A small residual network with random weights."""
-    torch.manual_seed(0)
-    return build(Architecture(id="cifar/resnet18", arguments={"width": 4}))
-
-
-@pytest.fixture(scope="module")
-def block(network: nn.Module) -> Block:
-    """A block in the middle."""
-    return find_blocks(network, torch.zeros(1, 3, 32, 32))[-3]
-
-
-@pytest.fixture(scope="module")
 def graphs(network: nn.Module, block: Block) -> Graphs:
     """The graphs of the small network, with the head's input."""
     return export_graphs(network, block=block, preprocessing=CIFAR_PREPROCESSING, head="fc")

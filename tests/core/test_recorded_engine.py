@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app.core.blocks import Block, find_blocks
+from app.core.blocks import Block
 from app.core.detector import ENGINE_TOLERANCE, check_agreement
 from app.core.engines import TorchEngine
-from app.core.networks import CIFAR_PREPROCESSING, Architecture, build
+from app.core.networks import CIFAR_PREPROCESSING
 from app.core.recorded_engine import RecordedEngine, batch_sizes, check_recordable, size_for
 from app.core.scores import SCORES, ScoreName
 from app.errors import UnfitEngineError
@@ -19,19 +19,6 @@ from tests.recorder import EagerRecorder
 
 LARGEST = 6
 SIDE = 32
-
-
-@pytest.fixture(scope="module")
-def network() -> nn.Module:
-    """A small residual network with random weights."""
-    torch.manual_seed(0)
-    return build(Architecture(id="cifar/resnet18", arguments={"width": 4}))
-
-
-@pytest.fixture(scope="module")
-def block(network: nn.Module) -> Block:
-    """A block in the middle."""
-    return find_blocks(network, torch.zeros(1, 3, SIDE, SIDE))[-3]
 
 
 @pytest.mark.parametrize(
