@@ -86,6 +86,13 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
+async def requests(batcher: Numbers, count: int) -> list[asyncio.Future[list[int]]]:
+    """That many, of one number each, once all of them wait."""
+    asked = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(count)]
+    await until(lambda: batcher.depth == count)
+    return list(asked)
+
+
 def test_answers_come_back_in_order() -> None:
     """A request gets the results of its own items, in order, whatever the batches were."""
 
@@ -311,8 +318,7 @@ def test_too_late_is_refused_at_once() -> None:
     async def scenario() -> None:
         clock = Clock()
         batcher = numbers(max_batch_size=1, clock=clock)
-        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(4)]
-        await until(lambda: batcher.depth == 4)
+        waiting = await requests(batcher, 4)
         for result in (0, 2):
             batch = batcher.take()
             assert batch is not None
@@ -335,8 +341,7 @@ def test_a_suspended_process_is_not_slow() -> None:
     async def scenario() -> None:
         clock = Clock()
         batcher = numbers(max_batch_size=1, clock=clock)
-        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(5)]
-        await until(lambda: batcher.depth == 5)
+        waiting = await requests(batcher, 5)
         for result, seconds in enumerate((0.1, 0.1, 600)):
             batch = batcher.take()
             assert batch is not None
@@ -456,8 +461,7 @@ def test_two_batches_at_once_where_the_key_allows_it() -> None:
 
     async def scenario() -> None:
         batcher = numbers(max_batch_size=1, batches_of=lambda key, device: 2)
-        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(3)]
-        await until(lambda: batcher.depth == 3)
+        waiting = await requests(batcher, 3)
         first = batcher.take()
         assert first is not None
         with Doubler(batcher).working():
@@ -531,8 +535,7 @@ def test_the_pace_of_two_batches_at_once(apart_s: float) -> None:
     async def scenario() -> None:
         clock = Clock()
         batcher = numbers(max_batch_size=1, batches_of=lambda key, device: 2, clock=clock)
-        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(14)]
-        await until(lambda: batcher.depth == 14)
+        waiting = await requests(batcher, 14)
         running = [batcher.take(), batcher.take()]
         for turn in range(10):
             batch = running.pop(0)
@@ -558,8 +561,7 @@ def test_another_device_takes_what_one_may_not() -> None:
 
     async def scenario() -> None:
         batcher = numbers(max_batch_size=1)
-        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(2)]
-        await until(lambda: batcher.depth == 2)
+        waiting = await requests(batcher, 2)
         first, second = batcher.take("cuda:0"), batcher.take("cuda:1")
         assert first is not None
         assert second is not None
@@ -576,8 +578,7 @@ def test_a_thread_that_may_take_nothing_ends_with_the_last_batch() -> None:
 
     async def scenario() -> None:
         batcher = numbers(max_batch_size=1)
-        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(2)]
-        await until(lambda: batcher.depth == 2)
+        waiting = await requests(batcher, 2)
         first = batcher.take()
         assert first is not None
         with Doubler(batcher).working(), Doubler(batcher).working():
