@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from app.api import problems
@@ -15,6 +15,7 @@ from app.api.access_log import AccessLogMiddleware
 from app.api.admission import AdmissionMiddleware
 from app.api.request_id import RequestIdMiddleware
 from app.api.routes import drift, gate, models, operations, page, proxy, review, score, v2
+from app.api.scoring_lane import ScoringLane
 from app.errors import NormGateError, SettingsError
 from app.serving.metrics import Metrics
 from app.serving.service import ScoringService
@@ -78,10 +79,10 @@ def create_app(
         docs_url="/docs" if settings.docs else None,
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs else None,
+        # Traces and metrics are ours; FastAPI's would ask at every request whether they are wanted.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.settings, app.state.metrics, app.state.service = settings, metrics, service
-    _add_middleware(app, settings, service)
-    _add_logs_and_traces(app, settings, tracing)
     problems.install(app, metrics)
     routers = [score.router, gate.router, models.router, drift.router, operations.router]
     routers += [v2.health_router, v2.router]
@@ -97,11 +98,16 @@ def create_app(
         routers += [page.router] + [page.review_router] * (service.review is not None)
     for router in routers:
         app.include_router(router)
+    _add_middleware(app, settings, service, routers)
+    _add_logs_and_traces(app, settings, tracing)
     return app
 
 
-def _add_middleware(app: FastAPI, settings: Settings, service: ScoringService) -> None:
+def _add_middleware(
+    app: FastAPI, settings: Settings, service: ScoringService, routers: Sequence[APIRouter]
+) -> None:
     # The last one added is the first to see a request.
+    app.add_middleware(ScoringLane, routers=routers)
     app.add_middleware(AdmissionMiddleware, service=service)
     if settings.cors_origins:
         app.add_middleware(

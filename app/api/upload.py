@@ -8,6 +8,7 @@ from typing import Final
 from fastapi import Request
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from app.api.admission import holding_of
 from app.errors import MalformedRequestError, RequestTooLargeError, UnsupportedImageError
@@ -145,8 +146,14 @@ async def _capped(request: Request, *, max_bytes: int) -> AsyncGenerator[bytes, 
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise RequestTooLargeError(f"the body has {announced} bytes; the limit is {max_bytes}")
-    holding, count = holding_of(request), 0
-    async for chunk in request.stream():
+    holding, count, is_whole = holding_of(request), 0, False
+    while not is_whole:
+        # Not the request's stream, which is another generator around this.
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        is_whole = not message.get("more_body", False)
+        chunk = message.get("body", b"")
         count += len(chunk)
         if count > max_bytes:
             raise RequestTooLargeError(f"the body has more than {max_bytes} bytes, the limit")

@@ -109,6 +109,8 @@ class ImageHeader:
 
     def reduced(self, by: int) -> "ImageHeader":
         """Of the image as libjpeg decodes it at a scale: a part of a pixel becomes a whole one."""
+        if by == 1:
+            return self
         return replace(self, width=-(-self.width // by), height=-(-self.height // by))
 
 
@@ -265,6 +267,9 @@ class Preprocessing(BaseModel):
         Raises:
             ImageTooLargeError: see :meth:`scaled_pixels`.
         """
+        if pixels.shape[:2] == (self.crop, self.crop) and self.crop == self.resize:
+            # numpy: torch takes four times as long to copy so few pixels.
+            return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         if min(image.shape[1:]) != self.resize:
             height, width = shape or image.shape[1:]

@@ -324,32 +324,32 @@ class ScoringService:
     async def _outcomes(
         self, files: Sequence[bytes], preprocessing: Preprocessing, *, deadline: float
     ) -> Sequence[Tensor | ImageError | ServingError]:
+        if len(files) == 1:
+            return [await self._decode(files[0], preprocessing, deadline=deadline)]
         found: dict[int, Tensor | ImageError | ServingError] = {}
         waiting = iter(enumerate(files))
 
         async def decode_next() -> None:
             for position, data in waiting:
                 found[position] = await self._decode(data, preprocessing, deadline=deadline)
-                if len(files) > 1:
-                    await asyncio.sleep(0)  # tiny images never wait, and others have requests too
+                await asyncio.sleep(0)  # tiny images never wait, and others have requests too
 
         # A few at a time: thousands at once would hold up the event loop, and every other request.
         at_once = min(len(files), _DECODES_A_THREAD * self._settings.decode_threads)
-        if at_once == 1:
-            await decode_next()
-        else:
-            await asyncio.gather(*[decode_next() for _ in range(at_once)])
+        await asyncio.gather(*[decode_next() for _ in range(at_once)])
         return [found[position] for position in range(len(files))]
 
     async def _decode(
         self, data: bytes, preprocessing: Preprocessing, *, deadline: float
     ) -> Tensor | ImageError | ServingError:
-        with self._metrics.time_stage("decode"):
-            try:
-                return await self._decoders.decode(data, preprocessing, deadline=deadline)
-            except (ImageError, ServingError) as error:
-                # Returned, so that the neighbours of a failed image come to their own end.
-                return error
+        started = time.monotonic()
+        try:
+            return await self._decoders.decode(data, preprocessing, deadline=deadline)
+        except (ImageError, ServingError) as error:
+            # Returned, so that the neighbours of a failed image come to their own end.
+            return error
+        finally:
+            self._metrics.observe_stage("decode", time.monotonic() - started)
 
     def _offer_for_review(
         self, model: LoadedModel, images: Sequence[_Decoded], detections: Sequence[Detection]

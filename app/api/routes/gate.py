@@ -9,7 +9,7 @@ from app.api.deadline import DEADLINE_PARAMETER, request_deadline
 from app.api.dependencies import settings_of
 from app.api.gatekeeper import gatekeeper_of
 from app.api.problems import problem, responses
-from app.api.scoring_route import ScoringRoute
+from app.api.scoring_lane import ScoringRoute
 from app.errors import RequestTooLargeError
 
 router = APIRouter(tags=["gate"], dependencies=ApiKeyRequired, route_class=ScoringRoute)

@@ -15,7 +15,7 @@ from app.api.dependencies import settings_of
 from app.api.disconnect import unless_disconnected
 from app.api.gatekeeper import HEADER_PREFIX, NO_IMAGES, gatekeeper_of
 from app.api.problems import problem, responses
-from app.api.scoring_route import ScoringRoute
+from app.api.scoring_lane import ScoringRoute
 from app.errors import MalformedRequestError, UpstreamError
 from app.serving.upstream import Answer, RawHeaders, Upstream, end_to_end
 from app.settings import Settings

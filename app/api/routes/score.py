@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
 import numpy as np
-from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Query, Request, Response
 from numpy.typing import NDArray
+from pydantic_core import to_json
 
 from app.api.access_log import describe_results
 from app.api.auth import ApiKeyRequired
@@ -16,7 +16,7 @@ from app.api.dependencies import metrics_of, service_of, settings_of
 from app.api.disconnect import unless_disconnected
 from app.api.problems import responses
 from app.api.schemas import ScoreResponse
-from app.api.scoring_route import ScoringRoute
+from app.api.scoring_lane import ScoringRoute
 from app.api.upload import FIELD, Upload, read_uploads
 from app.errors import ImageError
 from app.serving.pool import LoadedModel
@@ -55,7 +55,7 @@ async def score(
     model: Annotated[str | None, Query(description="Default: the default model.")] = None,
     version: Annotated[int | None, Query(ge=1, description="Default: the active one.")] = None,
     top_k: Annotated[int, Query(ge=0, le=1000, description="Predictions an image.")] = 1,
-) -> JSONResponse:
+) -> Response:
     """Send images as ``file`` parts of a form, or one image as the raw body.
 
     With one image its failure is the response's status; with several the status is 200 and each
@@ -77,18 +77,17 @@ async def score(
     if len(results) == 1 and isinstance(results[0], ImageError):
         raise results[0]
     metrics.observe_stage("total", time.monotonic() - started)
+    answer = {
+        "model": loaded.bundle.name,
+        "version": loaded.bundle.version,
+        "request_id": request.state.request_id,
+        "results": [
+            _as_json(upload, result, loaded, top_k=top_k)
+            for upload, result in zip(uploads, results, strict=True)
+        ],
+    }
     # A plain response: validating what was just computed would cost more than the scoring.
-    return JSONResponse(
-        {
-            "model": loaded.bundle.name,
-            "version": loaded.bundle.version,
-            "request_id": request.state.request_id,
-            "results": [
-                _as_json(upload, result, loaded, top_k=top_k)
-                for upload, result in zip(uploads, results, strict=True)
-            ],
-        }
-    )
+    return Response(to_json(answer), media_type="application/json")
 
 
 def _as_json(
