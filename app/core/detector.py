@@ -220,19 +220,19 @@ class Detector:
             rescaled = selected_norm_logits(
                 logits, features=features, bias=self._head_bias, feature_norms=feature_norms
             )
-        classes = logits.argmax(dim=1).cpu().numpy()
-        verdicts = self._judge(Evidence(feature_norms, logits, rescaled), classes)
-        return Detections(**vars(verdicts), logits=logits.cpu().numpy())
+        evidence = Evidence(feature_norms, logits, rescaled)
+        found = logits.cpu().numpy()
+        return Detections(**vars(self._judge(evidence, found)), logits=found)
 
-    def _judge(self, evidence: Evidence, classes: NDArray[np.int64] | None) -> Verdicts:
+    def _judge(self, evidence: Evidence, logits: NDArray[np.float32] | None) -> Verdicts:
         scores = SCORES[self._score_name](evidence).cpu().numpy()
         thresholds = np.full_like(scores, self._threshold)
         values = p_values(scores, self._calibration_scores)
         uncertain_below = None
         if self._uncertain_below is not None:
             uncertain_below = np.full_like(scores, self._uncertain_below)
-        if self._class_levels is not None and classes is not None:
-            levels = self._class_levels
+        if self._class_levels is not None and logits is not None:
+            levels, classes = self._class_levels, logits.argmax(axis=1)
             thresholds = _own_or(levels.thresholds[classes], thresholds)
             if uncertain_below is not None and levels.uncertain_below is not None:
                 uncertain_below = _own_or(levels.uncertain_below[classes], uncertain_below)
