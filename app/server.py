@@ -1,6 +1,5 @@
 """The server process: it listens, says when it is ready, and ends without losing a request."""
 
-import gc
 import signal
 import socket
 import time
@@ -13,7 +12,7 @@ import uvicorn
 from app import logs
 from app.api.door import Door
 from app.connection import Connection
-from app.core.allocator import keep_memory
+from app.core.allocator import collect_rarely, keep_memory
 from app.errors import NormGateError, SettingsError
 from app.listener import Listener
 from app.main import create_app
@@ -52,9 +51,7 @@ def serve(settings: Settings) -> None:
     with _listen(settings) as listener:
         url = _url(listener)
         app = create_app(settings, on_started=on_started)
-        # What is imported stays. A collection that goes through it holds up every request for
-        # most of a second.
-        gc.freeze()
+        collect_rarely()
         config = uvicorn.Config(
             Door(app),
             http=Connection,

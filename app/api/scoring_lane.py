@@ -33,7 +33,10 @@ class ScoringLane:
     def __init__(self, app: ASGIApp, *, routers: Sequence[APIRouter]) -> None:
         self._app = app
         routes = [
-            route for router in routers for route in router.routes if isinstance(route, ScoringRoute)
+            route
+            for router in routers
+            for route in router.routes
+            if isinstance(route, ScoringRoute)
         ]
         for route in routes:
             assert list(route.dependencies) == ApiKeyRequired, "others would not be resolved"
@@ -41,7 +44,7 @@ class ScoringLane:
             (method, route.path): route
             for route in routes
             if not route.param_convertors
-            for method in route.methods
+            for method in route.methods or ()
         }
         self._patterns = [route for route in routes if route.param_convertors]
 
@@ -68,7 +71,7 @@ class ScoringLane:
         if route := self._fixed.get((method, path)):
             return route
         for route in self._patterns:
-            if method in route.methods and (match := route.path_regex.match(path)):
+            if method in (route.methods or ()) and (match := route.path_regex.match(path)):
                 scope["path_params"] = match.groupdict()
                 return route
         return None

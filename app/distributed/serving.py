@@ -4,7 +4,6 @@
 """
 
 import asyncio
-import gc
 import signal
 import threading
 import time
@@ -184,7 +183,7 @@ def _build(settings: Settings) -> "FastAPI":
     """The application of one replica, told of in the cluster; ``state.started`` is its start."""
     # Not at the top: whoever only starts the application loads no torch.
     from app import logs
-    from app.core.allocator import keep_memory
+    from app.core.allocator import collect_rarely, keep_memory
     from app.distributed import scraping
     from app.main import create_app
 
@@ -200,7 +199,7 @@ def _build(settings: Settings) -> "FastAPI":
         summary="Where each replica's metrics are, for Prometheus's http_sd",
     )
     scraping.listen(app.state.metrics.registry)
-    gc.freeze()  # as in the server of one process
+    collect_rarely()
     return app
 
 

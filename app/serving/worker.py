@@ -179,7 +179,7 @@ def device_names(setting: str) -> Sequence[str]:
 def _stacked(images: Sequence[Tensor]) -> Tensor:
     # Not by torch or numpy: they let the interpreter's lock go, and may then wait for it for much
     # longer than it takes to copy.
-    joined = bytearray().join([image.numpy() for image in images])  # type: ignore[arg-type]
+    joined = bytearray().join([image.numpy().data for image in images])
     batch = np.frombuffer(joined, dtype=np.uint8).reshape(len(images), *images[0].shape)
     return torch.from_numpy(batch)
 
