@@ -161,6 +161,20 @@ def test_images_are_counted(client: TestClient) -> None:
         assert moved(f'normgate_stage_seconds_count{{stage="{stage}"}}') >= 1
 
 
+def test_logits_that_are_no_numbers() -> None:
+    """An image whose score is a number and whose logits are not is an error of the server."""
+    app = create_app(Settings(model_store=STORE, engine="torch"))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        wait_until_ready(client)
+        network = app.state.service.model().detectors["cpu"].network
+        network.get_parameter("fc.bias").data[3] = float("inf")
+
+        answer = client.post("/v1/score", content=jpeg(1))
+
+        assert answer.status_code == 500
+        assert answer.json()["detail"] == "the server failed on this request"
+
+
 def test_openapi_describes_the_bodies(client: TestClient) -> None:
     """The description offers a form, a raw image and every documented problem."""
     operation = client.get("/openapi.json").json()["paths"]["/v1/score"]["post"]

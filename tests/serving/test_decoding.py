@@ -173,16 +173,22 @@ def test_late_images_are_not_decoded() -> None:
 
 
 def test_pixels_count_against_the_budget() -> None:
-    """An image whose pixels do not fit is refused; the budget is as before, also after errors."""
+    """An image whose pixels do not fit is refused; the budget is as before, also after errors.
+
+    Tiny images do not count: they are decoded one at a time, in the event loop.
+    """
 
     async def scenario() -> None:
-        budget = MemoryBudget(9 * 32 * 32)
+        budget = MemoryBudget(9 * 72 * 72)
         pool = Decoders(Settings(), budget)
-        await pool.decode(jpeg(1), CIFAR_PREPROCESSING, deadline=NEVER)
+        fitting = jpeg(1, height=72, width=72)
+        await pool.decode(fitting, CIFAR_PREPROCESSING, deadline=NEVER)
         with pytest.raises(MemoryBudgetError):
-            await pool.decode(jpeg(1, height=33, width=32), CIFAR_PREPROCESSING, deadline=NEVER)
+            await pool.decode(jpeg(1, height=73, width=72), CIFAR_PREPROCESSING, deadline=NEVER)
         with pytest.raises(UndecodableImageError):
-            await pool.decode(jpeg(1)[:-50], CIFAR_PREPROCESSING, deadline=NEVER)
+            await pool.decode(fitting[:-50], CIFAR_PREPROCESSING, deadline=NEVER)
+        with budget.held(9 * 72 * 72):
+            await pool.decode(jpeg(1), CIFAR_PREPROCESSING, deadline=NEVER)
         assert budget.used == 0
         pool.shutdown()
 

@@ -1,5 +1,6 @@
 """``POST /v1/score``: verdicts and predictions for one or more images."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Final
@@ -18,7 +19,7 @@ from app.api.problems import responses
 from app.api.schemas import ScoreResponse
 from app.api.scoring_lane import ScoringRoute
 from app.api.upload import FIELD, Upload, read_uploads
-from app.errors import ImageError
+from app.errors import ForwardError, ImageError
 from app.serving.pool import LoadedModel
 from app.serving.worker import Detection
 
@@ -116,7 +117,10 @@ def _logits(detection: Detection) -> NDArray[np.float32]:
 def _top_predictions(
     logits: NDArray[np.float32], labels: Sequence[str], *, top_k: int
 ) -> list[dict[str, Any]]:
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
+    largest = float(logits.max())
+    if not math.isfinite(largest):
+        raise ForwardError("the network gave logits that are not finite")
+    exponentials = np.exp(logits.astype(np.float64) - largest)
     probabilities = exponentials / exponentials.sum()
     if top_k == 1:
         best = [int(probabilities.argmax())]

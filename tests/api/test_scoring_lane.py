@@ -1,0 +1,116 @@
+"""The scoring lane answers as the router does, and leaves it what is not its own."""
+
+import pytest
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.testclient import TestClient
+
+from app.api.auth import ApiKeyRequired
+from app.api.scoring_lane import ScoringLane, ScoringRoute
+from app.errors import NotReadyError, ServingError
+from app.settings import Settings
+from tests.pictures import jpeg
+
+JPEG = jpeg(1)
+
+
+def _answer(
+    client: TestClient, method: str, path: str, content: bytes, content_type: str
+) -> tuple[int, dict[str, str], str]:
+    """All of an answer but its request's id."""
+    headers = {"Content-Type": content_type}
+    answer = client.request(method, path, content=content, headers=headers)
+    found = dict(answer.headers)
+    return answer.status_code, found, answer.text.replace(found.pop("x-request-id"), "")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "query"),
+    [
+        ("POST", "/v1/score", "?top_k=1"),
+        ("PUT", "/v1/score", "?top_k=1"),
+        ("POST", "/v1/gate", "?model=cifar10-resnet18"),
+        ("PUT", "/v1/gate", "?model=cifar10-resnet18"),
+        ("POST", "/v1/gate/cats/7", "?colour=red"),
+        ("GET", "/v1/gate/cats/7", "?colour=red"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("content", "content_type"),
+    [
+        (JPEG, "image/jpeg"),
+        (JPEG[:200], "image/jpeg"),
+        (b"", "image/jpeg"),
+        (JPEG, "text/plain"),
+        (JPEG, "multipart/form-data; boundary=x"),
+        (bytes(1_000_001), "image/jpeg"),
+    ],
+    ids=["good", "truncated", "empty", "type", "form", "large"],
+)
+def test_with_and_without_a_query(
+    client: TestClient, method: str, path: str, query: str, content: bytes, content_type: str
+) -> None:
+    """A query that says what is so by default changes nothing of the answer, good or bad."""
+    by_router = _answer(client, method, path + query, content, content_type)
+
+    by_lane = _answer(client, method, path, content, content_type)
+
+    assert by_lane == by_router
+
+
+def _application() -> FastAPI:
+    router = APIRouter(dependencies=ApiKeyRequired, route_class=ScoringRoute)
+
+    @router.post("/score/{name}")
+    async def score(request: Request, name: str, times: int = 1) -> Response:
+        if name == "bug":
+            raise RuntimeError("a bug")
+        if name == "busy":
+            raise NotReadyError("the models are loading")
+        return Response(name * times, headers={"route": request.scope["route"].path_format})
+
+    async def on_error(request: Request, error: Exception) -> Response:
+        return Response(str(error), 503)
+
+    app = FastAPI()
+    app.state.settings = Settings()
+    app.add_middleware(ScoringLane, routers=[router])
+    app.add_exception_handler(ServingError, on_error)
+    app.include_router(router)
+    return app
+
+
+def test_paths_with_parameters() -> None:
+    """The endpoint is given the parameters of the path, and its route can be looked up."""
+    answer = TestClient(_application()).post("/score/one")
+
+    assert (answer.text, answer.headers["route"]) == ("one", "/score/{name}")
+
+
+def test_a_query_goes_to_the_router() -> None:
+    """A query's parameters are parsed and checked as by any other route."""
+    client = TestClient(_application())
+
+    assert client.post("/score/one?times=2").text == "oneone"
+    assert client.post("/score/one?times=x").status_code == 422
+
+
+def test_errors_reach_their_handler() -> None:
+    """A domain error is told by the handler of its class or of one above it."""
+    answer = TestClient(_application()).post("/score/busy")
+
+    assert (answer.status_code, answer.text) == (503, "the models are loading")
+
+
+def test_bugs_go_on() -> None:
+    """What nobody handles goes on to the server, which logs it and answers 500."""
+    with pytest.raises(RuntimeError, match="a bug"):
+        TestClient(_application()).post("/score/bug")
+
+
+def test_an_unknown_dependency_is_refused() -> None:
+    """A scoring route whose dependencies would not be resolved is a mistake of its author."""
+    router = APIRouter(route_class=ScoringRoute)
+    router.add_api_route("/score", lambda: None)
+
+    with pytest.raises(AssertionError, match="would not be resolved"):
+        ScoringLane(FastAPI(), routers=[router])
