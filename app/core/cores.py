@@ -1,6 +1,8 @@
 """The cores that this process may use, and what forward passes make of them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 _PASS_PIXELS: Final = 4 * 224 * 224
@@ -37,3 +39,29 @@ def passes_at_once(threads: int) -> int:
     One at a time takes longer: the threads of a pass wait for each other in every layer.
     """
     return min(threads, MOST_PASSES)
+
+
+def compute_patiently() -> None:
+    """Let the calling thread, and those it starts, interrupt no other when it has work again.
+
+    Linux's batch policy: the share of a core stays the same. The event loop and a pass that is
+    under way are then not put aside for the next one, and keep their caches. Elsewhere, and where
+    it is forbidden, this does nothing.
+    """
+    _be_scheduled("SCHED_BATCH")
+
+
+@contextmanager
+def patient_threads() -> Iterator[None]:
+    """A context whose new threads are as :func:`compute_patiently` makes them."""
+    compute_patiently()
+    try:
+        yield
+    finally:
+        _be_scheduled("SCHED_OTHER")
+
+
+def _be_scheduled(policy: str) -> None:
+    if hasattr(os, policy):
+        with suppress(PermissionError):
+            os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))

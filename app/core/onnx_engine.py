@@ -6,6 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from app.core.cores import patient_threads
 from app.core.engines import EngineName, Outputs
 from app.core.onnx_graph import FEATURE_NORMS, INPUT, WEIGHT_PREFIX, Graph, Graphs
 from app.errors import EngineError, NoEngineError
@@ -70,9 +71,10 @@ def _session(graph: Graph, weights: Mapping[str, Tensor], *, threads: int) -> An
             for key in graph.weights
         }
         options.add_external_initializers(list(values), list(values.values()))
-        return onnxruntime.InferenceSession(
-            graph.content, options, providers=["CPUExecutionProvider"]
-        )
+        with patient_threads():
+            return onnxruntime.InferenceSession(
+                graph.content, options, providers=["CPUExecutionProvider"]
+            )
     except Exception as error:  # its errors have no common class
         reason = " ".join(str(error).split())
         raise EngineError(f"onnxruntime refuses the graph: {reason}") from error

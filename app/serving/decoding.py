@@ -10,6 +10,7 @@ from typing import Final, TypedDict
 
 from torch import Tensor
 
+from app.core.cores import compute_patiently
 from app.core.images import (
     ImageHeader,
     Preprocessing,
@@ -57,8 +58,8 @@ class Decoders:
         self._limits = _Limits(max_pixels=settings.max_pixels, max_scans=settings.max_jpeg_scans)
         self._budget = budget
         threads = settings.decode_threads
-        self._small = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._large = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="decode-large")
+        self._small = _threads(threads, "decode")
+        self._large = _threads(max(1, threads // 2), "decode-large")
 
     async def decode(self, data: bytes, preprocessing: Preprocessing, *, deadline: float) -> Tensor:
         """The network's field of view ``[3, crop, crop]`` uint8.
@@ -119,6 +120,10 @@ class Decoders:
         _check_deadline(deadline)
         with self._budget.held(_working_bytes(header, preprocessing)):
             return load_accepted(data, header, preprocessing)
+
+
+def _threads(count: int, name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=compute_patiently)
 
 
 def decoded_bytes(header: ImageHeader) -> int:

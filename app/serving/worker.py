@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from app.core.cores import MOST_PASSES, usable_cores
+from app.core.cores import MOST_PASSES, compute_patiently, usable_cores
 from app.core.detector import Detections, Verdict, Verdicts
 from app.errors import ForwardError, SettingsError
 from app.serving.batcher import Batch, Batcher
@@ -100,6 +100,7 @@ class Worker:
         return self._thread.is_alive() and not is_stuck
 
     def _run(self) -> None:
+        compute_patiently()
         # No batch may outlive its turn: it would keep a model that was let go in memory.
         while self._answer_next():
             pass

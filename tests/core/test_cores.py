@@ -1,8 +1,18 @@
 """What a forward pass takes of the processor."""
 
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from app.core.cores import images_a_pass, threads_a_pass, usable_cores
+from app.core.cores import (
+    compute_patiently,
+    images_a_pass,
+    patient_threads,
+    threads_a_pass,
+    usable_cores,
+)
 
 
 @pytest.mark.parametrize(("side", "images"), [(32, 196), (224, 4), (225, 3), (448, 1), (4096, 1)])
@@ -15,3 +25,13 @@ def test_threads_a_pass() -> None:
     """Tiny images are not shared among threads; larger ones take every core."""
     assert [threads_a_pass(side) for side in (32, 64)] == [1, 1]
     assert threads_a_pass(224) == usable_cores() >= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
+def test_patient_threads() -> None:
+    """A patient thread and those it starts are scheduled in batches; others are as before."""
+    with ThreadPoolExecutor(1, initializer=compute_patiently) as pool:
+        assert pool.submit(os.sched_getscheduler, 0).result() == os.SCHED_BATCH
+    with patient_threads(), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(os.sched_getscheduler, 0).result() == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER

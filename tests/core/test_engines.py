@@ -1,6 +1,7 @@
 """Engines: whatever runs the network, the scores are torch's and so are the verdicts."""
 
 import copy
+import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -104,6 +105,21 @@ def assert_alike(found: Verdicts, expected: Verdicts) -> None:
     assert is_clear.mean() > 0.99
     np.testing.assert_array_equal(found.is_ood[is_clear], expected.is_ood[is_clear])
     assert 0 < expected.is_ood.sum() < len(expected.is_ood)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
+def test_the_sessions_threads_are_patient(network: nn.Module, graphs: Graphs) -> None:
+    """The threads that share a pass with the caller put no other thread aside."""
+    onnx_engine(network, graphs)  # which may start threads of the library's own
+    before = set(os.listdir("/proc/self/task"))
+    engine = onnx_engine(network, graphs, threads=2)
+    started = set(os.listdir("/proc/self/task")) - before
+
+    engine.run(noise(4))
+
+    assert started
+    assert {os.sched_getscheduler(int(thread)) for thread in started} == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @pytest.mark.parametrize(
