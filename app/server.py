@@ -51,9 +51,10 @@ def serve(settings: Settings) -> None:
     with _listen(settings) as listener:
         url = _url(listener)
         app = create_app(settings, on_started=on_started)
+        door = Door(app)
         collect_rarely()
         config = uvicorn.Config(
-            Door(app),
+            door,
             http=Connection,
             ws="none",
             log_config=None,
@@ -64,7 +65,7 @@ def serve(settings: Settings) -> None:
             server_header=False,
             proxy_headers=False,
         )
-        server = _Server(config, app.state.service, grace_s=settings.shutdown_grace_s)
+        server = _Server(config, door, app.state.service, grace_s=settings.shutdown_grace_s)
         server.run(sockets=[listener])
     if failures:
         raise failures[0]
@@ -74,8 +75,11 @@ def serve(settings: Settings) -> None:
 class _Server(uvicorn.Server):
     """uvicorn, with a time of grace between SIGTERM and the end."""
 
-    def __init__(self, config: uvicorn.Config, service: ScoringService, *, grace_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, door: Door, service: ScoringService, *, grace_s: float
+    ) -> None:
         super().__init__(config)
+        self._door = door
         self._service = service
         self._grace_s = grace_s
         self._exit_at: float | None = None
@@ -99,7 +103,10 @@ class _Server(uvicorn.Server):
 
     def _make_protocol(self) -> Connection:
         return Connection(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            door=self._door,
         )
 
     async def on_tick(self, counter: int) -> bool:

@@ -1,4 +1,4 @@
-"""HTTP connections: the bounds of a request's head, and offers of other protocols."""
+"""HTTP connections: the bounds of a request's head, offers of other protocols, and the door."""
 
 import asyncio
 import json
@@ -12,6 +12,7 @@ from typing import Any, Final
 import pytest
 import uvicorn
 
+from app.api.door import Refusal
 from app.connection import MAX_HEAD_BYTES, Connection
 
 KEEP_ALIVE_S: Final = 1
@@ -37,12 +38,29 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": text})
 
 
+class FullAtOneDoor:
+    """Refuses what is posted to ``/full``."""
+
+    def refusal(self, scope: Any) -> Refusal | None:
+        """Why not."""
+        if scope["path"] != "/full":
+            return None
+        return Refusal([(b"content-length", b"4"), (b"retry-after", b"3")], b"full")
+
+
+class Guarded(Connection):
+    """A connection that asks the door."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(door=FullAtOneDoor(), **settings)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def address() -> Iterator[tuple[str, int]]:
     """Where a server with such connections listens."""
     config = uvicorn.Config(
         echo,
-        http=Connection,
+        http=Guarded,
         ws="none",
         lifespan="off",
         log_level="critical",
@@ -211,3 +229,69 @@ def test_a_refused_body_without_end(client: socket.socket) -> None:
 def _send(client: socket.socket, data: bytes) -> None:
     with suppress(ConnectionError):
         client.sendall(data)
+
+
+FULL: Final = b"POST /full HTTP/1.1\r\nHost: x\r\n"
+LENGTH: Final = b"Content-Length: 3\r\n\r\n"
+LAST: Final = b"POST /z HTTP/1.1\r\nConnection: close\r\n" + LENGTH + b"end"
+
+
+@pytest.mark.parametrize(
+    "packets",
+    [
+        pytest.param([FULL + LENGTH + b"abc" + LAST], id="at once"),
+        pytest.param([FULL + LENGTH, b"a", b"bc", LAST], id="the body later"),
+        pytest.param(
+            [FULL + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab", b"\r\n0\r\n\r\n", LAST],
+            id="chunks",
+        ),
+        pytest.param([b"POST /full?top_k=3 HTTP/1.1\r\n" + LENGTH + b"abc", LAST], id="a query"),
+    ],
+)
+def test_what_the_door_refuses(client: socket.socket, packets: list[bytes]) -> None:
+    """It is refused unread, its body goes nowhere, and the connection serves on."""
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for packet in packets:
+        client.sendall(packet)
+
+    refusal, answer = received(client).split(b"HTTP/1.1 ")[1:]
+
+    assert refusal.startswith(b"429 Too Many Requests\r\n")
+    assert b"retry-after: 3\r\n" in refusal
+    assert refusal.endswith(b"\r\n\r\nfull")
+    assert answer.endswith(b"POST /z 2 headers, body end")
+
+
+def test_many_refusals(client: socket.socket) -> None:
+    """A client that is refused again and again keeps its connection, and gets every answer."""
+    found = answers(client, *[FULL + LENGTH + b"abc"] * 50, LAST)
+
+    assert found == [b"full"] * 50 + [b"POST /z 2 headers, body end"]
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        pytest.param(POST + LENGTH + b"abc" + FULL + LENGTH + b"abc", id="behind another"),
+        pytest.param(b"POST /%66ull HTTP/1.1\r\n" + LENGTH + b"abc", id="a coded path"),
+        pytest.param(b"POST /full HTTP/1.0\r\n" + LENGTH + b"abc", id="HTTP/1.0"),
+        pytest.param(FULL + b"Connection: close\r\n" + LENGTH + b"abc", id="the last"),
+        pytest.param(FULL + b"Expect: 100-continue\r\n" + LENGTH + b"abc", id="an expectation"),
+    ],
+)
+def test_what_the_door_is_asked_later(client: socket.socket, packet: bytes) -> None:
+    """Answers keep the order of the requests; rare requests go the whole way to the application."""
+    client.sendall(packet)
+    with suppress(OSError):
+        client.sendall(LAST)
+
+    assert b" 429 " not in received(client)
+
+
+def test_silence_after_a_refusal(client: socket.socket) -> None:
+    """A refused client that sends no more is parted from like any idle one."""
+    client.sendall(FULL + LENGTH + b"a")
+    started = time.monotonic()
+
+    assert received(client).endswith(b"full")
+    assert KEEP_ALIVE_S * 0.5 < time.monotonic() - started < WITHIN_S

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
-from app.api.door import Door
+from app.api.door import ASKED, Door
 from app.errors import QueueFullError
 from app.serving.metrics import Metrics
 from app.settings import Settings
@@ -65,6 +66,18 @@ def test_the_form_of_a_refusal() -> None:
         "request_id": problem.headers["x-request-id"],
     }
     assert client.post("/v2/models/m/infer", content=b"x").json() == {"error": "7 images wait"}
+
+
+def test_who_was_let_in_already() -> None:
+    """A request whose connection has asked is not asked again."""
+    _, app = make_door()
+    door = Door(app)
+
+    async def asked(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["extensions"] = {ASKED: {}}
+        await door(scope, receive, send)
+
+    assert TestClient(asked).post("/v1/score", content=b"x").status_code == 200
 
 
 def test_everything_else_passes() -> None:
