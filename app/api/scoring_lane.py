@@ -1,20 +1,24 @@
 """The scoring routes, without what FastAPI does for every request and these do not need."""
 
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, cast
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute
+from starlette.convertors import PathConvertor, StringConvertor
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.auth import ApiKeyRequired, require_api_key
+
+_Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 
 class ScoringRoute(APIRoute):
     """A route that requests without a query reach by the :class:`ScoringLane`.
 
     An endpoint takes the request, the parameters of its path as text, and its query's, which have
-    defaults. Its router's dependencies are ``ApiKeyRequired``, no more.
+    defaults. Its router's dependencies are ``ApiKeyRequired``, no more; the application has none,
+    and includes the router without a prefix.
     """
 
 
@@ -40,6 +44,8 @@ class ScoringLane:
         ]
         for route in routes:
             assert list(route.dependencies) == ApiKeyRequired, "others would not be resolved"
+            kinds = {type(kind) for kind in route.param_convertors.values()}
+            assert kinds <= {StringConvertor, PathConvertor}, "others would not be converted"
         self._fixed: Final[Mapping[tuple[str, str], ScoringRoute]] = {
             (method, route.path): route
             for route in routes
@@ -62,6 +68,9 @@ class ScoringLane:
             response: Response = await route.endpoint(request, **request.path_params)
         except Exception as error:
             response = await _told(request, error)
+            # It holds the frames that it went through, and they hold it: the upload and the model
+            # would stay until the collector of garbage comes by.
+            error.__traceback__ = None
         await response(scope, receive, send)
 
     def _route(self, scope: Scope) -> ScoringRoute | None:
@@ -83,6 +92,6 @@ async def _told(request: Request, error: Exception) -> Response:
     for kind in type(error).__mro__:
         # The server's own handler of bugs stands further out, and logs them.
         if kind is not Exception and (handler := app.exception_handlers.get(kind)):
-            response: Response = await handler(request, error)  # type: ignore[misc]
+            response: Response = await cast(_Handler, handler)(request, error)
             return response
     raise error

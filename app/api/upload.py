@@ -81,7 +81,7 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
 
 
 async def read_bytes(request: Request, *, max_bytes: int) -> bytes:
-    """The whole body, which may be empty.
+    """The whole body, which may be empty; to be read once, and not by the request itself after.
 
     Raises:
         RequestTooLargeError: more than ``max_bytes``, announced or counted while reading.
@@ -148,7 +148,7 @@ async def _capped(request: Request, *, max_bytes: int) -> AsyncGenerator[bytes, 
         raise RequestTooLargeError(f"the body has {announced} bytes; the limit is {max_bytes}")
     holding, count, is_whole = holding_of(request), 0, False
     while not is_whole:
-        # Not the request's stream, which is another generator around this.
+        # Not by the request's stream, which is another generator.
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect

@@ -45,23 +45,26 @@ def compute_patiently() -> None:
     """Let the calling thread, and those it starts, interrupt no other when it has work again.
 
     Linux's batch policy: the share of a core stays the same. The event loop and a pass that is
-    under way are then not put aside for the next one, and keep their caches. Elsewhere, and where
-    it is forbidden, this does nothing.
+    under way are then not put aside for the next one, and keep their caches. Elsewhere, where it is
+    refused, and where a policy was chosen already, this does nothing.
     """
-    _be_scheduled("SCHED_BATCH")
+    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        # Sandboxes refuse it in their own ways.
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 @contextmanager
 def patient_threads() -> Iterator[None]:
     """A context whose new threads are as :func:`compute_patiently` makes them."""
+    before = _policy()
     compute_patiently()
     try:
         yield
     finally:
-        _be_scheduled("SCHED_OTHER")
+        if _policy() != before:
+            os.sched_setscheduler(0, before, os.sched_param(0))
 
 
-def _be_scheduled(policy: str) -> None:
-    if hasattr(os, policy):
-        with suppress(PermissionError):
-            os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
+def _policy() -> int:
+    return os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else 0

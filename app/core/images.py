@@ -68,6 +68,7 @@ _START_OF_SCAN: Final = b"\xda"
 _END_OF_IMAGE: Final = b"\xd9"
 _STRIP_PIXELS: Final = 2**20
 _SMALL_FILE: Final = 2**16
+_TINY_SIDE: Final = 64
 _MODES: Final = {"Gray": "L", "YCbCr": "RGB", "RGB": "RGB"}
 """Pillow's names of the colours of a JPEG that the decoder makes RGB."""
 
@@ -267,8 +268,8 @@ class Preprocessing(BaseModel):
         Raises:
             ImageTooLargeError: see :meth:`scaled_pixels`.
         """
-        if pixels.shape[:2] == (self.crop, self.crop) and self.crop == self.resize:
-            # numpy: torch takes four times as long to copy so few pixels.
+        if pixels.shape[:2] == (self.crop, self.crop) and self.resize == self.crop <= _TINY_SIDE:
+            # By numpy: torch takes four times as long to copy so few pixels.
             return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         if min(image.shape[1:]) != self.resize:

@@ -51,7 +51,7 @@ class Decoders:
 
     Args:
         settings: threads and limits.
-        budget: decoded pixels are held in it while they are resized.
+        budget: decoded pixels are held in it while they are resized, but for tiny images'.
     """
 
     def __init__(self, settings: Settings, budget: MemoryBudget) -> None:

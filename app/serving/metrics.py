@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Final, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -202,15 +201,6 @@ class Metrics:
         if (kept := intervals()) is not None:
             now = time.monotonic()
             kept.append(Interval(stage, now - seconds, now))
-
-    @contextmanager
-    def time_stage(self, stage: Stage) -> Iterator[None]:
-        """Take in how long the context lasts."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.observe_stage(stage, time.monotonic() - started)
 
     def reject(self, reason: RejectReason, count: int = 1) -> None:
         """Count images or requests that got no verdict."""

@@ -253,8 +253,8 @@ class ScoringService:
             files: at least one image file's bytes.
             deadline: on the clock of ``time.monotonic``.
             gate: verdicts alone, without logits; the network stops where they are known.
-            must_be_finite: refuse a score that is no finite number, for JSON has none; else its
-                image is OOD, as any that makes the network overflow.
+            must_be_finite: refuse a score or FeatureNorm that is no finite number, for JSON has
+                none; else its image is OOD, as any that makes the network overflow.
 
         Raises:
             ServingError: the service is full, late or shutting down.
@@ -292,8 +292,8 @@ class ScoringService:
                 detections = await self._batcher.submit(
                     Work(model, is_gate=gate), ready, deadline=deadline, places=places
                 )
-        if must_be_finite and not all(math.isfinite(found.score) for found in detections):
-            raise ForwardError("the network gave a score that is not finite")
+        if must_be_finite and not all(map(_is_finite, detections)):
+            raise ForwardError("the network gave a score or a FeatureNorm that is not finite")
         for detection in detections:
             _count(detection, model.metrics, model.drift)
         self._offer_for_review(model, images, detections)
@@ -410,6 +410,10 @@ class ScoringService:
 
     def _count_dropped(self, reason: DropReason, count: int) -> None:
         self._metrics.reject("abandoned" if reason == "abandoned" else "deadline", count)
+
+
+def _is_finite(detection: Detection) -> bool:
+    return math.isfinite(detection.score) and math.isfinite(detection.feature_norm)
 
 
 def _count(detection: Detection, metrics: ScoreMetrics, drift: DriftMonitor) -> None:

@@ -1,5 +1,8 @@
 """The scoring lane answers as the router does, and leaves it what is not its own."""
 
+import gc
+import weakref
+
 import pytest
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.testclient import TestClient
@@ -7,7 +10,9 @@ from fastapi.testclient import TestClient
 from app.api.auth import ApiKeyRequired
 from app.api.scoring_lane import ScoringLane, ScoringRoute
 from app.errors import NotReadyError, ServingError
+from app.main import create_app
 from app.settings import Settings
+from tests.api.conftest import STORE
 from tests.pictures import jpeg
 
 JPEG = jpeg(1)
@@ -27,11 +32,10 @@ def _answer(
     ("method", "path", "query"),
     [
         ("POST", "/v1/score", "?top_k=1"),
-        ("PUT", "/v1/score", "?top_k=1"),
         ("POST", "/v1/gate", "?model=cifar10-resnet18"),
         ("PUT", "/v1/gate", "?model=cifar10-resnet18"),
         ("POST", "/v1/gate/cats/7", "?colour=red"),
-        ("GET", "/v1/gate/cats/7", "?colour=red"),
+        ("PUT", "/v1/gate/a%2Fb/c%20d", "?colour=red"),
     ],
 )
 @pytest.mark.parametrize(
@@ -57,7 +61,37 @@ def test_with_and_without_a_query(
     assert by_lane == by_router
 
 
-def _application() -> FastAPI:
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("PUT", "/v1/score", 405),
+        ("GET", "/v1/score", 405),
+        ("GET", "/v1/gate/cats/7", 405),
+    ],
+)
+def test_what_is_not_the_lanes(client: TestClient, method: str, path: str, status: int) -> None:
+    """Other methods and paths are the router's to refuse."""
+    assert client.request(method, path, content=JPEG).status_code == status
+
+
+def test_a_missing_key() -> None:
+    """Who shows no key is refused in the lane as by the router."""
+    app = create_app(Settings(model_store=STORE, api_keys=["a-key-of-some-length"]))
+    with TestClient(app) as client:
+        answers = [
+            _answer(client, "POST", path, JPEG, "image/jpeg")
+            for path in ("/v1/score", "/v1/score?top_k=1")
+        ]
+
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 401
+
+
+class _Held:
+    """Something that a frame holds."""
+
+
+def _application(held: list[weakref.ref[_Held]] | None = None) -> FastAPI:
     router = APIRouter(dependencies=ApiKeyRequired, route_class=ScoringRoute)
 
     @router.post("/score/{name}")
@@ -65,7 +99,11 @@ def _application() -> FastAPI:
         if name == "bug":
             raise RuntimeError("a bug")
         if name == "busy":
-            raise NotReadyError("the models are loading")
+            kept, errors = _Held(), [NotReadyError("the models are loading")]
+            if held is not None:
+                held.append(weakref.ref(kept))
+            # From a list in the frame, so that frame and error hold each other.
+            raise errors[0]
         return Response(name * times, headers={"route": request.scope["route"].path_format})
 
     async def on_error(request: Request, error: Exception) -> Response:
@@ -101,6 +139,18 @@ def test_errors_reach_their_handler() -> None:
     assert (answer.status_code, answer.text) == (503, "the models are loading")
 
 
+def test_errors_hold_nothing() -> None:
+    """What the frames of a refused request hold is let go at once: uploads may be large."""
+    held: list[weakref.ref[_Held]] = []
+    client = TestClient(_application(held))
+    gc.disable()
+    try:
+        client.post("/score/busy")
+        assert [one() for one in held] == [None]
+    finally:
+        gc.enable()
+
+
 def test_bugs_go_on() -> None:
     """What nobody handles goes on to the server, which logs it and answers 500."""
     with pytest.raises(RuntimeError, match="a bug"):
@@ -113,4 +163,13 @@ def test_an_unknown_dependency_is_refused() -> None:
     router.add_api_route("/score", lambda: None)
 
     with pytest.raises(AssertionError, match="would not be resolved"):
+        ScoringLane(FastAPI(), routers=[router])
+
+
+def test_an_unknown_convertor_is_refused() -> None:
+    """So is one whose path has parameters that are no text."""
+    router = APIRouter(dependencies=ApiKeyRequired, route_class=ScoringRoute)
+    router.add_api_route("/score/{number:int}", lambda number: None)
+
+    with pytest.raises(AssertionError, match="would not be converted"):
         ScoringLane(FastAPI(), routers=[router])

@@ -1,5 +1,6 @@
 """What a forward pass takes of the processor."""
 
+import errno
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from app.core.cores import (
     usable_cores,
 )
 
+IS_LINUX = sys.platform == "linux"
+
 
 @pytest.mark.parametrize(("side", "images"), [(32, 196), (224, 4), (225, 3), (448, 1), (4096, 1)])
 def test_images_a_pass(side: int, images: int) -> None:
@@ -27,7 +30,21 @@ def test_threads_a_pass() -> None:
     assert threads_a_pass(224) == usable_cores() >= 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
+@pytest.mark.parametrize("refusal", [errno.EPERM, errno.EINVAL, errno.ENOSYS])
+@pytest.mark.skipif(not IS_LINUX, reason="other systems have no such policy")
+def test_a_policy_that_is_refused(monkeypatch: pytest.MonkeyPatch, refusal: int) -> None:
+    """A sandbox that refuses the policy, in whatever way, leaves all as it was."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(refusal, "refused")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    compute_patiently()
+    with patient_threads():
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="other systems have no such policy")
 def test_patient_threads() -> None:
     """A patient thread and those it starts are scheduled in batches; others are as before."""
     with ThreadPoolExecutor(1, initializer=compute_patiently) as pool:

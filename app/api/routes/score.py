@@ -117,6 +117,8 @@ def _logits(detection: Detection) -> NDArray[np.float32]:
 def _top_predictions(
     logits: NDArray[np.float32], labels: Sequence[str], *, top_k: int
 ) -> list[dict[str, Any]]:
+    if top_k == 0:
+        return []
     largest = float(logits.max())
     if not math.isfinite(largest):
         raise ForwardError("the network gave logits that are not finite")
