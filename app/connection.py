@@ -7,12 +7,14 @@ uvicorn and the application.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Final, cast
 
 import httptools
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from app.api.disconnect import DEPARTURE
 from app.api.door import ASKED, STATUS, Door, Refusal
 from app.api.problem_body import encode_problem
 from app.api.request_id import HEADER, new_request_id
@@ -49,6 +51,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *, door: Door | None = None, **settings: Any) -> None:
         super().__init__(**settings)
         self._door = door
+        self._on_departure: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
@@ -59,6 +62,8 @@ class Connection(HttpToolsProtocol):
         """The connection has ended."""
         self._stop_timer()
         super().connection_lost(exc)
+        if self._on_departure is not None:
+            self._on_departure()
 
     def data_received(self, data: bytes) -> None:
         """Parse what has arrived."""
@@ -82,6 +87,8 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._is_in_head, self._head_bytes, self._partial_bytes = True, 0, 0
         self._is_turned_away = False
+        self._extensions: dict[str, Any] = {DEPARTURE: self._watch_departure}
+        self.scope["extensions"] = self._extensions
 
     def on_url(self, url: bytes) -> None:
         """A part of the request's target."""
@@ -177,7 +184,7 @@ class Connection(HttpToolsProtocol):
             return None
         self.scope["method"] = self.parser.get_method().decode("ascii")
         self.scope["path"] = path.decode("ascii", "replace")
-        self.scope["extensions"] = {ASKED: {}}
+        self._extensions[ASKED] = {}
         return self._door.refusal(cast("Scope", self.scope))
 
     def _turn_away(self, refusal: Refusal) -> None:
@@ -185,6 +192,15 @@ class Connection(HttpToolsProtocol):
         fields = [*self.server_state.default_headers, *refusal.headers]
         head = b"".join(name + b": " + value + b"\r\n" for name, value in fields)
         self.transport.write(STATUS_LINE[STATUS] + head + b"\r\n" + refusal.body)
+
+    def _watch_departure(self, on_departure: Callable[[], None] | None) -> None:
+        self._on_departure = on_departure
+        if on_departure is None:
+            return
+        # A connection that is not read would end unseen.
+        self.flow.resume_reading()
+        if self.transport.is_closing():
+            self.loop.call_soon(on_departure)
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -1,11 +1,15 @@
 """Work for a client that may go away."""
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
+
+DEPARTURE: Final = "normgate.departure"
+"""Extension of a scope: a function that takes what to call when the client goes away, or None."""
 
 Result = TypeVar("Result")
 
@@ -21,17 +25,16 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result
     """
     task = asyncio.current_task()
     assert task is not None, "a request is answered in a task"
-    watching = asyncio.ensure_future(_disconnected(request))
     is_gone = is_over = False
 
-    def cancel(watching: "asyncio.Task[None]") -> None:
+    def cancel() -> None:
         nonlocal is_gone
         # It may have been due already when the work ended.
-        if not is_over and not watching.cancelled():
+        if not is_over:
             is_gone = True
             task.cancel()
 
-    watching.add_done_callback(cancel)
+    unwatch = _watch(request, cancel)
     try:
         return await work
     except asyncio.CancelledError:
@@ -41,7 +44,18 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result
         raise
     finally:
         is_over = True
-        watching.cancel()
+        unwatch()
+
+
+def _watch(request: Request, on_departure: Callable[[], None]) -> Callable[[], Any]:
+    """Have ``on_departure`` called when the client goes away, until the result is called."""
+    if watch := request.scope.get("extensions", {}).get(DEPARTURE):
+        watch(on_departure)
+        return partial(watch, None)
+    # Other servers tell it to a task alone that waits for it.
+    watching = asyncio.ensure_future(_disconnected(request))
+    watching.add_done_callback(lambda ended: None if ended.cancelled() else on_departure())
+    return watching.cancel
 
 
 async def _disconnected(request: Request) -> None:

@@ -119,13 +119,13 @@ def _top_predictions(
 ) -> list[dict[str, Any]]:
     if top_k == 0:
         return []
-    largest = float(logits.max())
-    if not math.isfinite(largest):
+    first = int(logits.argmax())
+    if not math.isfinite(logits[first]):
         raise ForwardError("the network gave logits that are not finite")
-    exponentials = np.exp(logits.astype(np.float64) - largest)
-    probabilities = exponentials / exponentials.sum()
-    if top_k == 1:
-        best = [int(probabilities.argmax())]
-    else:
-        best = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
-    return [{"label": labels[i], "index": i, "probability": float(probabilities[i])} for i in best]
+    exponentials = np.exp(logits.astype(np.float64) - logits[first])
+    total = float(exponentials.sum())
+    best = [first] if top_k == 1 else np.argsort(-logits, kind="stable")[:top_k].tolist()
+    return [
+        {"label": labels[i], "index": i, "probability": float(exponentials[i]) / total}
+        for i in best
+    ]
