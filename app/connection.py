@@ -52,6 +52,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(**settings)
         self._door = door
         self._on_departure: Callable[[], None] | None = None
+        self._extensions: dict[str, Any] = {}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
@@ -64,6 +65,11 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         if self._on_departure is not None:
             self._on_departure()
+        # They lead back to this connection, which would stay until the collector of garbage comes.
+        self._unset_keepalive_if_required()
+        self.cycle = None  # type: ignore[assignment] # as before the first request
+        self.scope, self._extensions = None, {}  # type: ignore[assignment] # as well
+        self.pipeline.clear()
 
     def data_received(self, data: bytes) -> None:
         """Parse what has arrived."""
@@ -85,9 +91,11 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
+        # What was left of a refused body, or of an idle time, is over.
+        self._stop_timer()
         self._is_in_head, self._head_bytes, self._partial_bytes = True, 0, 0
         self._is_turned_away = False
-        self._extensions: dict[str, Any] = {DEPARTURE: self._watch_departure}
+        self._extensions = {DEPARTURE: self._watch_departure}
         self.scope["extensions"] = self._extensions
 
     def on_url(self, url: bytes) -> None:
@@ -178,9 +186,10 @@ class Connection(HttpToolsProtocol):
         if self._door is None or self._is_answering() or self.flow.write_paused:
             return None
         path = self.url.partition(b"?")[0]
-        # Rare ones go uvicorn's way: it decodes paths, and knows when to close.
+        # Rare ones go uvicorn's way: it takes targets apart, and knows when to close.
         is_kept = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
-        if b"%" in path or self.expect_100_continue or not is_kept:
+        is_plain = path.startswith(b"/") and b"%" not in path
+        if not (is_plain and is_kept) or self.expect_100_continue:
             return None
         self.scope["method"] = self.parser.get_method().decode("ascii")
         self.scope["path"] = path.decode("ascii", "replace")
@@ -197,7 +206,7 @@ class Connection(HttpToolsProtocol):
         self._on_departure = on_departure
         if on_departure is None:
             return
-        # A connection that is not read would end unseen.
+        # A connection that is not read would end unseen, as it does behind a pipelined request.
         self.flow.resume_reading()
         if self.transport.is_closing():
             self.loop.call_soon(on_departure)

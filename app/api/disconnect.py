@@ -29,8 +29,8 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result
 
     def cancel() -> None:
         nonlocal is_gone
-        # It may have been due already when the work ended.
-        if not is_over:
+        # It may have been due already when the work ended, and be told twice.
+        if not (is_over or is_gone):
             is_gone = True
             task.cancel()
 

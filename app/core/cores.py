@@ -48,9 +48,9 @@ def compute_patiently() -> None:
     under way are then not put aside for the next one, and keep their caches. Elsewhere, where it is
     refused, and where a policy was chosen already, this does nothing.
     """
-    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
-        # Sandboxes refuse it in their own ways.
-        with suppress(OSError):
+    # Sandboxes refuse it in their own ways.
+    with suppress(OSError):
+        if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
@@ -62,9 +62,11 @@ def patient_threads() -> Iterator[None]:
     try:
         yield
     finally:
-        if _policy() != before:
+        if before is not None and _policy() != before:
             os.sched_setscheduler(0, before, os.sched_param(0))
 
 
-def _policy() -> int:
-    return os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else 0
+def _policy() -> int | None:
+    with suppress(OSError):
+        return os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
+    return None

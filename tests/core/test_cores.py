@@ -38,10 +38,14 @@ def test_a_policy_that_is_refused(monkeypatch: pytest.MonkeyPatch, refusal: int)
     def refuse(*arguments: object) -> None:
         raise OSError(refusal, "refused")
 
-    monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    compute_patiently()
-    with patient_threads():
-        assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    before = os.sched_getscheduler(0)
+    for call in ("sched_setscheduler", "sched_getscheduler"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, refuse)
+            compute_patiently()
+            with patient_threads():
+                pass
+        assert os.sched_getscheduler(0) == before
 
 
 @pytest.mark.skipif(not IS_LINUX, reason="other systems have no such policy")
