@@ -324,7 +324,7 @@ def test_heads_have_their_time_again(client: socket.socket) -> None:
     """A refused client that idles has as long for its next head as any other."""
     client.sendall(FULL + LENGTH + b"abc")
     assert client.recv(65536).endswith(b"full")
-    client.settimeout(KEEP_ALIVE_S * 0.7)
+    client.settimeout(KEEP_ALIVE_S * 0.6)
     with pytest.raises(TimeoutError):
         client.recv(1)
     client.sendall(LAST[:20])

@@ -31,7 +31,7 @@ class Refusal:
 
 
 class Door:
-    """Stands before the whole application, and costs a twentieth of it.
+    """Stands before the whole application, and costs a small part of it.
 
     Under overload most requests are refused; what each of them costs is taken from those that are
     answered. A connection asks for the refusal as soon as it has read a request's head; what did

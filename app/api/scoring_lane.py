@@ -1,7 +1,7 @@
 """The scoring routes, without what FastAPI does for every request and these do not need."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, cast
+from typing import cast
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute
@@ -26,8 +26,8 @@ class ScoringLane:
     """Answers what is asked of scoring routes without a query; the rest goes on to the router.
 
     Without a query every parameter has its default, so that there is nothing to parse and to
-    check. FastAPI and the router would take as long over that as everything else takes that an
-    image costs beside the network. The credentials are checked either way.
+    check; FastAPI and the router would take a good part of the event loop's time to find that out.
+    The credentials are checked either way.
 
     Args:
         app: the router and what surrounds it.
@@ -46,7 +46,7 @@ class ScoringLane:
             assert list(route.dependencies) == ApiKeyRequired, "others would not be resolved"
             kinds = {type(kind) for kind in route.param_convertors.values()}
             assert kinds <= {StringConvertor, PathConvertor}, "others would not be converted"
-        self._fixed: Final[Mapping[tuple[str, str], ScoringRoute]] = {
+        self._fixed: Mapping[tuple[str, str], ScoringRoute] = {
             (method, route.path): route
             for route in routes
             if not route.param_convertors

@@ -35,10 +35,9 @@ def keep_memory() -> None:
 def collect_rarely() -> None:
     """Leave what exists by now alone, and look for garbage after ``_NEW_OBJECTS`` more at a time.
 
-    To be called when all is imported. A collection that went through that would hold up every
-    request for most of a second. Requests leave no cycles behind, so that looking for them after
-    every 700 objects, as by default, finds nothing, and takes about a twentieth of the event
-    loop's time.
+    To be called when all is imported: a collection that went through that would hold up every
+    request meanwhile. Requests leave no cycles behind, so that looking for them after every 700
+    objects, as by default, takes the event loop's time and finds nothing.
     """
     gc.freeze()
     gc.set_threshold(_NEW_OBJECTS)

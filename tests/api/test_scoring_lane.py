@@ -6,6 +6,7 @@ import weakref
 import pytest
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
 from app.api.auth import ApiKeyRequired
 from app.api.scoring_lane import ScoringLane, ScoringRoute
@@ -115,6 +116,26 @@ def _application(held: list[weakref.ref[_Held]] | None = None) -> FastAPI:
     app.add_exception_handler(ServingError, on_error)
     app.include_router(router)
     return app
+
+
+def test_the_router_is_passed_by() -> None:
+    """What has no query never reaches what is behind the lane; what has one does."""
+    router = APIRouter(dependencies=ApiKeyRequired, route_class=ScoringRoute)
+    router.add_api_route("/score", _nothing, methods=["POST"])
+    behind = FastAPI()
+    behind.state.settings = Settings()
+
+    async def lane(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = behind
+        await ScoringLane(behind, routers=[router])(scope, receive, send)
+
+    client = TestClient(lane)
+    assert client.post("/score").status_code == 204
+    assert client.post("/score?times=1").status_code == 404
+
+
+async def _nothing(request: Request) -> Response:
+    return Response(status_code=204)
 
 
 def test_paths_with_parameters() -> None:
