@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Final
 import pytest
 import uvicorn
 
+from app.api.disconnect import DEPARTURE
 from app.api.door import Refusal
 from app.connection import MAX_HEAD_BYTES, Connection
 
@@ -23,8 +24,21 @@ POST: Final = b"POST /a?b HTTP/1.1\r\nHost: x\r\n"
 H2C: Final = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n"
 
 
+LEFT: Final = threading.Event()
+"""A client of ``/wait`` has gone away."""
+
+
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """An application that answers with what it was asked; it refuses ``/early`` unread."""
+    """An application that answers with what it was asked; it refuses ``/early`` unread.
+
+    On ``/wait`` it waits until the connection tells that the client has left.
+    """
+    if scope["path"] == "/wait":
+        left = asyncio.Event()
+        scope["extensions"][DEPARTURE](left.set)
+        await left.wait()
+        LEFT.set()
+        return
     body, more = b"", scope["path"] != "/early"
     while more:
         message = await receive()
@@ -343,6 +357,14 @@ def test_silence_after_a_refusal(client: socket.socket) -> None:
 
     assert received(client).endswith(b"full")
     assert KEEP_ALIVE_S * 0.5 < time.monotonic() - started < WITHIN_S
+
+
+def test_a_departure_is_told(client: socket.socket) -> None:
+    """Who asks the connection is told when the client goes away."""
+    client.sendall(b"POST /wait HTTP/1.1\r\nHost: x\r\n" + LENGTH + b"abc")
+    client.shutdown(socket.SHUT_RDWR)
+
+    assert LEFT.wait(WITHIN_S)
 
 
 def test_ended_connections_hold_nothing(address: tuple[str, int]) -> None:

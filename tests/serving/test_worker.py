@@ -105,6 +105,29 @@ def test_a_gate_asks_for_verdicts_alone() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("side", [32, 700])
+def test_a_batch_holds_its_images(side: int) -> None:
+    """The detector is given the images in order, whatever their size."""
+    images = [torch.randint(256, (3, side, side), dtype=torch.uint8) for _ in range(3)]
+    seen: list[Tensor] = []
+
+    class Watching(OneDetector):
+        def detect(self, images: Tensor) -> Detections:
+            seen.append(images)
+            return super().detect(images)
+
+    async def scenario() -> None:
+        batcher: Batcher[Tensor, Any] = Batcher(max_batch_size=8, queue_size=8)
+        worker = Worker("cpu", batcher, Metrics())
+        worker.start()
+        await batcher.submit(Work(model_of(cpu=Watching())), images)
+        batcher.close()
+        worker.join()
+
+    run(scenario())
+    assert torch.equal(torch.cat(seen), torch.stack(images))
+
+
 def test_devices_share_one_queue() -> None:
     """While one device is busy, the other takes what waits."""
 
