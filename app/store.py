@@ -26,7 +26,6 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from app.core.concurrent_engine import ConcurrentEngine
 from app.core.cuda_graphs import CudaRecorder
 from app.core.detector import ClassLevels, Detector, check_agreement
 from app.core.graph_files import read_graphs
@@ -252,8 +251,7 @@ class LoadedBundle:
                 return detector.on_engine(engine)
             # A session's passes share all its threads but one: the thread that calls is that one.
             beside = self._agreeing(detector, graphs, threads=max(1, threads - passes + 1))
-            engines = ConcurrentEngine(alone=engine, beside=beside)
-            return detector.on_engine(engines, passes=passes)
+            return detector.on_engine(engine, beside=beside, passes=passes)
         except EngineError as error:
             raise type(error)(f"{_title(self.bundle)}: {error}") from error
         except Exception as error:  # a graph may fail when it runs, in any way

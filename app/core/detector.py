@@ -136,6 +136,7 @@ class Detector:
         self._calibration_scores = calibration_scores
         self._class_levels = class_levels
         self.passes = 1
+        self._beside: Self | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -153,19 +154,29 @@ class Detector:
         """What runs the network."""
         return self._engine.name
 
-    def on_engine(self, engine: Engine, *, passes: int = 1) -> Self:
+    @property
+    def beside(self) -> Self:
+        """The detector for passes beside others: each has its share of the cores.
+
+        This one's passes have them all, where the engine was made so.
+        """
+        return self._beside or self
+
+    def on_engine(self, engine: Engine, *, beside: Engine | None = None, passes: int = 1) -> Self:
         """A detector with the same levels on another engine; the torch network is let go of.
 
         Whether it agrees with this one is for :func:`check_agreement` to say.
 
         Args:
             engine: its outputs lie on the CPU.
+            beside: for passes beside others; the same by default.
             passes: that may run at once.
         """
         other = copy.copy(self)
         other.passes = passes
         other._engine, other._network = engine, None
         other._head_bias = None if self._head_bias is None else self._head_bias.cpu()
+        other._beside = None if beside is None else self.on_engine(beside, passes=passes)
         return other
 
     def recorded(self, recorder: Recorder) -> Self:

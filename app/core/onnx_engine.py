@@ -15,9 +15,17 @@ _OPTIONS: Final = {
     # Threads that spin between batches would take the cores of the event loop and the decoders.
     "session.intra_op.allow_spinning": "0",
     "session.inter_op.allow_spinning": "0",
+    "session.force_spinning_stop": "1",
     # A folder that cannot be: a graph may read no file, whatever it names.
     "session.model_external_initializers_file_folder_path": "/dev/null/none",
 }
+_SPINNING: Final = {
+    "session.intra_op.allow_spinning": "1",
+    # From one layer to the next: to sleep and be woken takes about as long as a small layer.
+    "session.intra_op.spin_duration_us": "20",
+}
+_SPINS_BRIEFLY_FROM: Final = (1, 26)
+"""The first version that can be told how long; those before spin for milliseconds."""
 _FATAL: Final = 4
 
 
@@ -63,7 +71,7 @@ def _session(graph: Graph, weights: Mapping[str, Tensor], *, threads: int) -> An
     options.log_severity_level = _FATAL
     # The C library's allocator already keeps what was freed; an arena of its own would keep more.
     options.enable_cpu_mem_arena = False
-    for key, value in _OPTIONS.items():
+    for key, value in (_OPTIONS | _spinning(onnxruntime.__version__, threads=threads)).items():
         options.add_session_config_entry(key, value)
     try:
         values = {
@@ -78,3 +86,8 @@ def _session(graph: Graph, weights: Mapping[str, Tensor], *, threads: int) -> An
     except Exception as error:  # its errors have no common class
         reason = " ".join(str(error).split())
         raise EngineError(f"onnxruntime refuses the graph: {reason}") from error
+
+
+def _spinning(version: str, *, threads: int) -> dict[str, str]:
+    major, minor = map(int, version.split(".")[:2])
+    return _SPINNING if threads > 1 and (major, minor) >= _SPINS_BRIEFLY_FROM else {}

@@ -102,6 +102,8 @@ class Batch(Generic[Item, Result]):
     items: Sequence[Item]
     waits_s: Sequence[float]
     """How long each item waited in the queue."""
+    is_alone: bool
+    """Whether no other item was on its way when these were taken."""
     _requests: Sequence[tuple[_Request[Result], int]]
     _loop: asyncio.AbstractEventLoop
     _on_end: Callable[[int], None]
@@ -157,15 +159,16 @@ class _Pace:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.seconds_per_item = 0.0
-        self._items = 0
+        self.items = 0
+        """Let in, and not answered or dropped yet."""
         self._ended = 0
         self._last_end: float | None = None
 
     def begin(self, count: int) -> None:
-        self._items += count
+        self.items += count
 
     def drop(self, count: int) -> None:
-        self._items -= count
+        self.items -= count
         self._rest_if_idle()
 
     def take(self) -> _Mark | None:
@@ -179,7 +182,7 @@ class _Pace:
         if mark is not None:
             self._take_in((now - mark.time) / (self._ended - mark.ended), count)
         self._last_end = now
-        self._items -= count
+        self.items -= count
         self._rest_if_idle()
 
     def _take_in(self, sample: float, count: int) -> None:
@@ -194,7 +197,7 @@ class _Pace:
         self.seconds_per_item += weight * (sample - self.seconds_per_item)
 
     def _rest_if_idle(self) -> None:
-        if self._items == 0:
+        if self.items == 0:
             self._last_end = None
 
 
@@ -526,6 +529,7 @@ class Batcher(Generic[Item, Result]):
             key=lane.key,
             items=[pending.item for pending in taken],
             waits_s=[now - pending.arrived for pending in taken],
+            is_alone=self._pace.items == len(taken),
             _requests=[(pending.request, pending.position) for pending in taken],
             _loop=self._loop,
             _on_end=on_end,

@@ -535,7 +535,6 @@ class ModelPool:
         try:
             if device != "cpu":
                 return stored.on_cuda_graphs(detector, device=device, batch_size=batch_size)
-            # Its threads do not spin: they take no core from the event loop and the decoders.
             side = stored.bundle.preprocessing.crop
             threads = self._settings.compute_threads or threads_a_pass(side)
             passes = passes_at_once(min(threads, threads_a_pass(side)))

@@ -138,6 +138,8 @@ class Worker:
             self._metrics.observe_stage("queue", wait_s)
         started = time.monotonic()
         detector = work.model.detectors[self._device]
+        if not batch.is_alone:
+            detector = detector.beside
         run = detector.judge if work.is_gate else detector.detect
         verdicts = run(_stacked(batch.items))
         forward_s = time.monotonic() - started

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from app import cli
-from app.core.concurrent_engine import ConcurrentEngine
 from app.core.cores import passes_at_once, threads_a_pass
 from app.core.detector import Detections, Detector
-from app.core.engines import EngineName, Outputs
+from app.core.engines import EngineName
 from app.core.onnx_graph import INPUT
 from app.store import LoadedBundle
 from benchmarks.bench.detectors import has_onnxruntime, logits_session
@@ -29,13 +28,27 @@ class Classifier:
     Args:
         logits: of images ``[B, 3, crop, crop]`` uint8.
         engine: its name.
+        beside: the same for passes beside others.
         passes: that may run at once.
     """
 
-    def __init__(self, logits: Callable[[Tensor], Tensor], *, engine: str, passes: int = 1) -> None:
+    def __init__(
+        self,
+        logits: Callable[[Tensor], Tensor],
+        *,
+        engine: EngineName,
+        beside: "Classifier | None" = None,
+        passes: int = 1,
+    ) -> None:
         self._logits = logits
+        self._beside = beside
         self.engine = engine
         self.passes = passes
+
+    @property
+    def beside(self) -> "Classifier":
+        """The classifier for passes beside others."""
+        return self._beside or self
 
     @torch.inference_mode()
     def detect(self, images: Tensor) -> Detections:
@@ -55,28 +68,6 @@ class Classifier:
     judge = detect
 
 
-class LogitsEngine:
-    """An engine for the logits alone.
-
-    Args:
-        session: of ONNX Runtime.
-    """
-
-    name: EngineName = "onnxruntime"
-
-    def __init__(self, session: Any) -> None:
-        self._session = session
-
-    def run(self, images: Tensor) -> Outputs:
-        """The logits, and no norms."""
-        [logits] = self._session.run(None, {INPUT: images.numpy()})
-        return Outputs(torch.empty(0), torch.from_numpy(logits))
-
-    def run_to_block(self, images: Tensor) -> Tensor:
-        """No norms."""
-        return self.run(images).feature_norms
-
-
 def on_torch(loaded: LoadedBundle, detector: Detector) -> Classifier:
     """The network alone, as torch runs it."""
     network, preprocessing = detector.network, loaded.bundle.preprocessing
@@ -93,12 +84,12 @@ def on_onnxruntime(loaded: LoadedBundle) -> Classifier:
     """The network alone, as ONNX Runtime runs it."""
     threads = threads_a_pass(loaded.bundle.preprocessing.crop)
     passes = passes_at_once(threads)
-    alone, beside = (
-        LogitsEngine(logits_session(loaded, threads=each))
-        for each in (threads, threads - passes + 1)
-    )
-    engine = ConcurrentEngine(alone=alone, beside=beside)
-    return Classifier(lambda images: engine.run(images).logits, engine=engine.name, passes=passes)
+    beside = None
+    if passes > 1:
+        logits = _by_session(loaded, threads=threads - passes + 1)
+        beside = Classifier(logits, engine="onnxruntime", passes=passes)
+    logits = _by_session(loaded, threads=threads)
+    return Classifier(logits, engine="onnxruntime", beside=beside, passes=passes)
 
 
 def main() -> int:
@@ -131,6 +122,16 @@ def main() -> int:
 
     replace()
     return cli.main()
+
+
+def _by_session(loaded: LoadedBundle, *, threads: int) -> Callable[[Tensor], Tensor]:
+    session = logits_session(loaded, threads=threads)
+
+    def logits(images: Tensor) -> Tensor:
+        [found] = session.run(None, {INPUT: images.numpy()})
+        return torch.from_numpy(found)
+
+    return logits
 
 
 if __name__ == "__main__":

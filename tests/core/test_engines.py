@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,26 @@ def assert_alike(found: Verdicts, expected: Verdicts) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
+@pytest.mark.parametrize(
+    ("version", "threads", "spins"), [("1.26.0", 2, "1"), ("1.25.1", 2, "0"), ("1.32.0", 1, "0")]
+)
+def test_threads_spin_where_they_can_be_told_how_briefly(
+    network: nn.Module,
+    graphs: Graphs,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    threads: int,
+    spins: str,
+) -> None:
+    """Older versions of ONNX Runtime would spin for milliseconds; one thread waits for nobody."""
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+
+    options = onnx_engine(network, graphs, threads=threads)._network.get_session_options()
+
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_the_sessions_threads_are_patient(network: nn.Module, graphs: Graphs) -> None:
     """The threads that share a pass with the caller put no other thread aside."""
     onnx_engine(network, graphs)  # which may start threads of the library's own

@@ -230,8 +230,10 @@ def test_passes_at_once(
     truth = Store(store).load("tiny").detector().detect(images).scores
 
     with ThreadPoolExecutor(passes) as workers:
-        found = list(workers.map(detector.detect, [images] * 8))
+        found = list(workers.map(detector.beside.detect, [images] * 8))
+    found.append(detector.detect(images))
 
     assert detector.passes == passes
+    assert (detector.beside is detector) == (passes == 1)
     for detections in found:
         assert detections.scores == pytest.approx(truth, rel=ENGINE_TOLERANCE["float32"])

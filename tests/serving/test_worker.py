@@ -37,6 +37,11 @@ class OneDetector:
         """Let it go."""
         self._may_run.set()
 
+    @property
+    def beside(self) -> "OneDetector":
+        """Itself: it needs no core."""
+        return self
+
     def judge(self, images: Tensor) -> Verdicts:
         """Verdicts without logits."""
         self.asked.append(("judge", len(images)))
@@ -126,6 +131,32 @@ def test_a_batch_holds_its_images(side: int) -> None:
 
     run(scenario())
     assert torch.equal(torch.cat(seen), torch.stack(images))
+
+
+def test_a_pass_has_all_cores_only_where_nobody_else_wants_one() -> None:
+    """Other images on their way, even before they are decoded, make a pass take its share."""
+    shared = OneDetector()
+
+    class Sharing(OneDetector):
+        beside = shared
+
+    async def scenario() -> None:
+        batcher: Batcher[Tensor, Any] = Batcher(max_batch_size=2, queue_size=8)
+        alone = Sharing()
+        work = Work(model_of(cpu=alone))
+        worker = Worker("cpu", batcher, Metrics())
+        worker.start()
+        await batcher.submit(work, [IMAGE] * 2)
+        assert (alone.asked, shared.asked) == ([("detect", 2)], [])
+        with batcher.places(1):
+            await batcher.submit(work, [IMAGE])
+        assert shared.asked == [("detect", 1)]
+        await batcher.submit(work, [IMAGE] * 3)
+        assert (alone.asked[1:], shared.asked[1:]) == ([("detect", 1)], [("detect", 2)])
+        batcher.close()
+        worker.join()
+
+    run(scenario())
 
 
 def test_devices_share_one_queue() -> None:
