@@ -108,7 +108,6 @@ def assert_alike(found: Verdicts, expected: Verdicts) -> None:
     assert 0 < expected.is_ood.sum() < len(expected.is_ood)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
 @pytest.mark.parametrize(
     ("version", "threads", "spins"), [("1.26.0", 2, "1"), ("1.25.1", 2, "0"), ("1.32.0", 1, "0")]
 )
@@ -129,6 +128,7 @@ def test_threads_spin_where_they_can_be_told_how_briefly(
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
 def test_the_sessions_threads_are_patient(network: nn.Module, graphs: Graphs) -> None:
     """The threads that share a pass with the caller put no other thread aside."""
     onnx_engine(network, graphs)  # which may start threads of the library's own
