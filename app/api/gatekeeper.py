@@ -88,7 +88,7 @@ class Gatekeeper:
             DeadlineExceededError: it had not arrived by then.
         """
         started = time.monotonic()
-        async with in_time(deadline):
+        async with in_time(request, deadline):
             body = await read_bytes(request, max_bytes=self._settings.max_upload_bytes)
         self._metrics.observe_stage("read", time.monotonic() - started)
         return body

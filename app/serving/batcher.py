@@ -21,6 +21,7 @@ from functools import partial
 from typing import Final, Generic, Literal, TypeVar
 
 from app.errors import DeadlineExceededError, NotReadyError, QueueFullError
+from app.serving.deadlines import Deadlines
 from app.serving.stages import Interval, intervals
 
 Item = TypeVar("Item")
@@ -55,6 +56,7 @@ class _Request(Generic[Result]):
         self.kept = kept
         self._results: dict[int, Result] = {}
         self._size = size
+        self._is_expired = False
 
     def settle(self, position: int, result: Result) -> None:
         self._results[position] = result
@@ -62,7 +64,12 @@ class _Request(Generic[Result]):
             self.future.set_result([self._results[place] for place in range(self._size)])
 
     def is_answered(self) -> bool:
-        return self.future.done() and not self.future.cancelled()
+        return self.future.done() and not (self.future.cancelled() or self._is_expired)
+
+    def expire(self) -> None:
+        if not self.future.done():
+            self._is_expired = True
+            self.fail(DeadlineExceededError("the deadline passed before the answer"))
 
     def fail(self, error: Exception) -> None:
         if not self.future.done():
@@ -201,6 +208,37 @@ class _Pace:
             self._last_end = None
 
 
+class Submission(Generic[Item, Result]):
+    """A request for one item that is still being prepared."""
+
+    def __init__(
+        self,
+        batcher: "Batcher[Item, Result]",
+        lane: _Lane,
+        request: _Request[Result],
+        places: Places,
+    ) -> None:
+        self._batcher = batcher
+        self._lane = lane
+        self._request = request
+        self._places = places
+
+    def put(self, item: Item) -> None:
+        """The item is ready; for any thread to call."""
+        # Whoever asked for it may have gone, and given its place back.
+        if not self._request.future.done():
+            self._batcher._enqueue(self._lane, [item], self._request, self._places)
+
+    def fail(self, error: Exception) -> None:
+        """There will be no item; for any thread to call."""
+        self._request.future.get_loop().call_soon_threadsafe(self._request.fail, error)
+
+    async def result(self) -> Result:
+        """The item's result; as :meth:`Batcher.submit`, or what :meth:`fail` was told."""
+        [result] = await self._batcher._answer(self._lane, self._request)
+        return result
+
+
 class Batcher(Generic[Item, Result]):
     """A bounded queue of items, handed out in batches of one key.
 
@@ -212,6 +250,7 @@ class Batcher(Generic[Item, Result]):
         batches_of: batches that one device may run at once while one of that key is among them.
         on_drop: told of items that left the queue unanswered.
         lag_s: how long an item has waited already when it is heard of.
+        deadlines: shared with others; on that clock.
         clock: in seconds, the one deadlines are on.
     """
 
@@ -225,6 +264,7 @@ class Batcher(Generic[Item, Result]):
         batches_of: Callable[[Hashable, str], int] = lambda key, device: 1,
         on_drop: Callable[[DropReason, int], None] = lambda reason, count: None,
         lag_s: Callable[[], float] = lambda: 0.0,
+        deadlines: Deadlines | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_batch_size = max_batch_size
@@ -238,6 +278,7 @@ class Batcher(Generic[Item, Result]):
         self._gathering = 0
         self._on_drop = on_drop
         self._lag_s = lag_s
+        self._deadlines = deadlines or Deadlines(clock=clock)
         self._clock = clock
         self._changed = threading.Condition()
         self._queues: dict[_Lane, deque[_Pending[Item, Result]]] = {}
@@ -325,26 +366,25 @@ class Batcher(Generic[Item, Result]):
             DeadlineExceededError: the deadline passed first.
             ForwardError: the batch of one of the items failed.
         """
-        self._loop = asyncio.get_running_loop()
-        request: _Request[Result] = _Request(
-            self._loop.create_future(),
-            size=len(items),
-            deadline=deadline,
-            # What runs in the background outlives the request that caused it, and its trace.
-            kept=None if is_background else intervals(),
-        )
+        # What runs in the background outlives the request that caused it, and its trace.
+        kept = None if is_background else intervals()
+        request = self._request(len(items), deadline=deadline, kept=kept)
         lane = _Lane(is_background, key)
         self._enqueue(lane, items, request, places)
-        reason: DropReason = "abandoned"
-        try:
-            left_s = None if deadline == math.inf else deadline - self._clock()
-            async with asyncio.timeout(left_s):
-                return await request.future
-        except TimeoutError:
-            reason = "expired"
-            raise DeadlineExceededError("the deadline passed before the answer") from None
-        finally:
-            self._withdraw(lane, request, reason)
+        return await self._answer(lane, request)
+
+    def begin(
+        self, key: Hashable, *, places: Places, deadline: float = math.inf
+    ) -> Submission[Item, Result]:
+        """A request for one item, which may come from any thread.
+
+        Args:
+            key: only items of equal keys share a batch.
+            places: one, held for the item.
+            deadline: on the clock of ``time.monotonic``; also of the item's coming.
+        """
+        request = self._request(1, deadline=deadline, kept=intervals())
+        return Submission(self, _Lane(False, key), request, places)
 
     def take(self, device: str = "cpu") -> Batch[Item, Result] | None:
         """The next batch, as soon as there is one; None once closed and empty. Blocks.
@@ -372,6 +412,24 @@ class Batcher(Generic[Item, Result]):
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+
+    def _request(
+        self, size: int, *, deadline: float, kept: list[Interval] | None
+    ) -> _Request[Result]:
+        self._loop = asyncio.get_running_loop()
+        return _Request(self._loop.create_future(), size=size, deadline=deadline, kept=kept)
+
+    async def _answer(self, lane: _Lane, request: _Request[Result]) -> list[Result]:
+        token = self._deadlines.add(request.deadline, request.expire)
+        reason: DropReason = "abandoned"
+        try:
+            return await request.future
+        except DeadlineExceededError:
+            reason = "expired"
+            raise
+        finally:
+            self._deadlines.remove(token)
+            self._withdraw(lane, request, reason)
 
     def _wait_for_turn(self, device: str) -> _Lane | None:
         """The lane that the device is to take a batch of; None once closed and empty."""

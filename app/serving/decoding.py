@@ -5,8 +5,10 @@ Tiny JPEGs are decoded in the loop: handing them over would cost several times a
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final, TypedDict
 
 from torch import Tensor
 
@@ -41,6 +43,25 @@ _SCALED_BYTES_PER_PIXEL: Final = 6
 class _Limits(TypedDict):
     max_pixels: int
     max_scans: int
+
+
+class Decoding:
+    """One image on its way through the threads."""
+
+    def __init__(self) -> None:
+        self._steps: list[Future[None]] = []
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        """Take it out of the queue, where it still waits for a thread."""
+        self._is_cancelled = True
+        for step in self._steps:
+            step.cancel()
+
+    def go_on(self, threads: ThreadPoolExecutor, step: Callable[[], None]) -> None:
+        """Have its next step run in one of ``threads``."""
+        if not self._is_cancelled:
+            self._steps.append(threads.submit(step))
 
 
 class Decoders:
@@ -80,29 +101,78 @@ class Decoders:
         if tiny := self._tiny(data, preprocessing):
             # Not held in the budget: it is one at a time, of some kilobytes.
             return load_accepted(data, tiny, preprocessing)
-        loop = asyncio.get_running_loop()
-        step = await loop.run_in_executor(self._small, self._begin, data, preprocessing, deadline)
-        if isinstance(step, Tensor):
-            return step
-        return await loop.run_in_executor(
-            self._large, self._finish, data, step, preprocessing, deadline
+        decoded: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        decoding = self._start(
+            data,
+            preprocessing,
+            deadline=deadline,
+            then=partial(_settle, decoded, decoded.set_result),
+            otherwise=partial(_settle, decoded, decoded.set_exception),
         )
+        try:
+            return await decoded
+        finally:
+            decoding.cancel()
+
+    def start(
+        self,
+        data: bytes,
+        preprocessing: Preprocessing,
+        *,
+        deadline: float,
+        then: Callable[[Tensor], None],
+        otherwise: Callable[[Exception], None],
+    ) -> Decoding:
+        """Decode an image and hand it on where that happens, past the event loop.
+
+        Args:
+            data: an image file.
+            preprocessing: of the model.
+            deadline: on the clock of ``time.monotonic``; what is late is not decoded.
+            then: takes the image, in the thread that decoded it; a tiny one before this returns.
+            otherwise: takes what :meth:`decode` or ``then`` raises, likewise.
+        """
+        try:
+            _check_deadline(deadline)
+            if tiny := self._tiny(data, preprocessing):
+                then(load_accepted(data, tiny, preprocessing))
+                return Decoding()
+        except Exception as error:
+            otherwise(error)
+            return Decoding()
+        return self._start(data, preprocessing, deadline=deadline, then=then, otherwise=otherwise)
 
     def shutdown(self) -> None:
         """End the threads, once what they do is done."""
         self._small.shutdown()
         self._large.shutdown()
 
-    def _begin(
-        self, data: bytes, preprocessing: Preprocessing, deadline: float
-    ) -> Tensor | ImageHeader:
-        """A small image decoded, or the header of a large one."""
-        _check_deadline(deadline)
-        header = read_header(data, **self._limits)
-        scaled = preprocessing.scaled_pixels(header.width, header.height)
-        if max(header.pixels, scaled) > LARGE_PIXELS:
-            return header
-        return self._finish(data, header, preprocessing, deadline)
+    def _start(
+        self,
+        data: bytes,
+        preprocessing: Preprocessing,
+        *,
+        deadline: float,
+        then: Callable[[Tensor], None],
+        otherwise: Callable[[Exception], None],
+    ) -> Decoding:
+        decoding = Decoding()
+
+        def begin() -> None:
+            try:
+                _check_deadline(deadline)
+                header = read_header(data, **self._limits)
+                scaled = preprocessing.scaled_pixels(header.width, header.height)
+                finish = partial(self._finish, data, header, preprocessing, deadline)
+                if max(header.pixels, scaled) > LARGE_PIXELS:
+                    decoding.go_on(self._large, partial(_hand_on, finish, then, otherwise))
+                else:
+                    then(finish())
+            except Exception as error:
+                otherwise(error)
+
+        decoding.go_on(self._small, begin)
+        return decoding
 
     def _tiny(self, data: bytes, preprocessing: Preprocessing) -> ImageHeader | None:
         """The header of a tiny image."""
@@ -124,6 +194,27 @@ class Decoders:
 
 def _threads(count: int, name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=compute_patiently)
+
+
+def _hand_on(
+    make: Callable[[], Tensor],
+    then: Callable[[Tensor], None],
+    otherwise: Callable[[Exception], None],
+) -> None:
+    try:
+        then(make())
+    except Exception as error:
+        otherwise(error)
+
+
+def _settle(future: asyncio.Future[Any], settle: Callable[[Any], None], value: Any) -> None:
+    """Settle a future from another thread, unless somebody has by then."""
+
+    def settle_now() -> None:
+        if not future.done():
+            settle(value)
+
+    future.get_loop().call_soon_threadsafe(settle_now)
 
 
 def decoded_bytes(header: ImageHeader) -> int:

@@ -195,10 +195,20 @@ class Metrics:
         self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
         self._rejected = {reason: self.rejected.labels(reason) for reason in REJECT_REASONS}
 
-    def observe_stage(self, stage: Stage, seconds: float) -> None:
-        """Take in a stage that has just ended."""
+    def observe_stage(
+        self, stage: Stage, seconds: float, *, kept: list[Interval] | None = None
+    ) -> None:
+        """Take in a stage that has just ended.
+
+        Args:
+            stage: which it was.
+            seconds: that it took.
+            kept: the request's intervals, where it is traced and this is not its context.
+        """
         self._stages[stage].observe(seconds)
-        if (kept := intervals()) is not None:
+        if kept is None:
+            kept = intervals()
+        if kept is not None:
             now = time.monotonic()
             kept.append(Interval(stage, now - seconds, now))
 

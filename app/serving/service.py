@@ -19,14 +19,16 @@ from app.errors import (
     ServingError,
     StoreUnavailableError,
 )
-from app.serving.batcher import Batcher, DropReason
+from app.serving.batcher import Batcher, DropReason, Places
 from app.serving.budget import MemoryBudget
+from app.serving.deadlines import Deadlines
 from app.serving.decoding import Decoders
 from app.serving.drift import DriftMonitor
 from app.serving.lag import LoopLag
 from app.serving.metrics import Metrics, ScoreMetrics
 from app.serving.pool import LoadedModel, ModelPool, Shadow, VersionState
 from app.serving.review import ReviewQueue
+from app.serving.stages import intervals
 from app.serving.statistics import Step
 from app.serving.worker import (
     Detection,
@@ -75,6 +77,7 @@ class ScoringService:
         self._metrics = metrics
         self.models = ModelPool(settings, metrics, devices=devices)
         self._lag = LoopLag()
+        self.deadlines = Deadlines()
         self._batcher: ImageBatcher = Batcher(
             max_batch_size=settings.max_batch_size,
             queue_size=settings.queue_size,
@@ -83,6 +86,7 @@ class ScoringService:
             batches_of=batches_of,
             on_drop=self._count_dropped,
             lag_s=lambda: self._lag.seconds,
+            deadlines=self.deadlines,
         )
         self.budget = MemoryBudget(
             settings.max_inflight_bytes, retry_after_s=self._batcher.retry_after_s
@@ -281,17 +285,11 @@ class ScoringService:
         gate: bool,
         must_be_finite: bool,
     ) -> list[Detection | ImageError]:
+        score = self._score_one if len(files) == 1 else self._score_many
         with self._batcher.places(len(files), deadline=deadline) as places:
-            with model.statistics.timing("compute_input"):
-                images = await self._decode_all(
-                    files, model.bundle.preprocessing, deadline=deadline
-                )
-            ready = [image.outcome for image in images if isinstance(image.outcome, Tensor)]
-            detections: list[Detection] = []
-            if ready:
-                detections = await self._batcher.submit(
-                    Work(model, is_gate=gate), ready, deadline=deadline, places=places
-                )
+            images, detections = await score(
+                Work(model, is_gate=gate), files, deadline=deadline, places=places
+            )
         if must_be_finite and not all(map(_is_finite, detections)):
             raise ForwardError("the network gave a score or a FeatureNorm that is not finite")
         for detection in detections:
@@ -303,6 +301,54 @@ class ScoringService:
             image.outcome if isinstance(image.outcome, ImageError) else next(found)
             for image in images
         ]
+
+    async def _score_one(
+        self, work: Work, files: Sequence[bytes], *, deadline: float, places: Places
+    ) -> tuple[Sequence[_Decoded], Sequence[Detection]]:
+        """One image, handed by the thread that decodes it to one that runs the network."""
+        [data], model, started, kept = files, work.model, time.monotonic(), intervals()
+        submission = self._batcher.begin(work, deadline=deadline, places=places)
+        decoded: Tensor | None = None
+
+        def observe() -> None:
+            seconds = time.monotonic() - started
+            self._metrics.observe_stage("decode", seconds, kept=kept)
+            model.statistics.observe("compute_input", seconds)
+
+        def then(image: Tensor) -> None:
+            nonlocal decoded
+            decoded = image
+            observe()
+            submission.put(image)
+
+        def otherwise(error: Exception) -> None:
+            observe()
+            submission.fail(error)
+
+        decoding = self._decoders.start(
+            data, model.bundle.preprocessing, deadline=deadline, then=then, otherwise=otherwise
+        )
+        try:
+            detection = await submission.result()
+        except ImageError as error:
+            # The frames of its traceback lead back to it: the upload would stay for long.
+            return [_Decoded(data, error.with_traceback(None))], []
+        finally:
+            decoding.cancel()
+        assert decoded is not None, "a result is of an image"
+        return [_Decoded(data, decoded)], [detection]
+
+    async def _score_many(
+        self, work: Work, files: Sequence[bytes], *, deadline: float, places: Places
+    ) -> tuple[Sequence[_Decoded], Sequence[Detection]]:
+        model = work.model
+        with model.statistics.timing("compute_input"):
+            images = await self._decode_all(files, model.bundle.preprocessing, deadline=deadline)
+        ready = [image.outcome for image in images if isinstance(image.outcome, Tensor)]
+        if not ready:
+            return images, []
+        detections = await self._batcher.submit(work, ready, deadline=deadline, places=places)
+        return images, detections
 
     def _check_loaded(self) -> None:
         if not self._is_loaded:
@@ -324,8 +370,6 @@ class ScoringService:
     async def _outcomes(
         self, files: Sequence[bytes], preprocessing: Preprocessing, *, deadline: float
     ) -> Sequence[Tensor | ImageError | ServingError]:
-        if len(files) == 1:
-            return [await self._decode(files[0], preprocessing, deadline=deadline)]
         found: dict[int, Tensor | ImageError | ServingError] = {}
         waiting = iter(enumerate(files))
 

@@ -113,7 +113,7 @@ _LABEL_BODY: Final[dict[str, Any]] = {
 )
 async def put_label(request: Request, queue: QueueOf, settings: SettingsOf, id: Id) -> ReviewImage:
     """`really_ood`, `was_fine`, or null for no label; the same again changes nothing."""
-    async with in_time(request_deadline(request, settings)):
+    async with in_time(request, request_deadline(request, settings)):
         body = await read_bytes(request, max_bytes=_MAX_BODY_BYTES)
     return await queue.label(id.hex, read_json(ReviewLabel, body).label)
 

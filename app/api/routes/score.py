@@ -67,7 +67,7 @@ async def score(
     deadline = request_deadline(request, settings)
     with metrics.in_flight.track_inprogress():
         loaded = service.model(model, version)
-        async with in_time(deadline):
+        async with in_time(request, deadline):
             uploads = await read_uploads(request, max_bytes=settings.max_upload_bytes)
         metrics.observe_stage("read", time.monotonic() - started)
         results = await unless_disconnected(

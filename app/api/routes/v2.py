@@ -282,14 +282,14 @@ async def unload(
 
 async def _read(request: Request, settings: Settings) -> bytes:
     deadline = request_deadline(request, settings)
-    async with in_time(deadline):
+    async with in_time(request, deadline):
         return await read_bytes(request, max_bytes=settings.max_upload_bytes)
 
 
 async def _read_infer_request(
     request: Request, settings: Settings, *, deadline: float
 ) -> InferRequest:
-    async with in_time(deadline):
+    async with in_time(request, deadline):
         body = await read_body(request, max_bytes=settings.max_upload_bytes)
     # Beside the event loop: a large body takes long to inflate and to parse.
     return await asyncio.to_thread(_parse, request, body, settings)

@@ -1,0 +1,62 @@
+"""Calls at deadlines, for many at once: thousands a second come, and nearly all are met."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from typing import Final
+
+_TICKS_A_SECOND: Final = 100
+
+Token = tuple[int, Callable[[], None]]
+"""What is to be removed when the deadline has been met."""
+
+
+class Deadlines:
+    """Calls back at a deadline or within a hundredth of a second after it, in the event loop.
+
+    Those of one hundredth share a timer, which costs more than all else here. To be used in one
+    event loop.
+
+    Args:
+        clock: in seconds, the one deadlines are on.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._due: dict[int, set[Callable[[], None]]] = {}
+        self._timers: dict[int, asyncio.TimerHandle] = {}
+
+    def add(self, deadline: float, on_time: Callable[[], None]) -> Token:
+        """Have ``on_time`` called, unless the token is removed before.
+
+        Args:
+            deadline: may have passed; never, where it is infinite.
+            on_time: equal to no other that waits for the same deadline.
+        """
+        if deadline == math.inf:
+            return 0, on_time
+        tick = math.ceil(deadline * _TICKS_A_SECOND)
+        due = self._due.get(tick)
+        if due is None:
+            due = self._due[tick] = set()
+            left_s = max(0.0, tick / _TICKS_A_SECOND - self._clock())
+            self._timers[tick] = asyncio.get_running_loop().call_later(left_s, self._call, tick)
+        due.add(on_time)
+        return tick, on_time
+
+    def remove(self, token: Token) -> None:
+        """Call it no more, if it has not been called yet."""
+        tick, on_time = token
+        due = self._due.get(tick)
+        if due is None:
+            return
+        due.discard(on_time)
+        if not due:
+            del self._due[tick]
+            self._timers.pop(tick).cancel()
+
+    def _call(self, tick: int) -> None:
+        del self._timers[tick]
+        for on_time in self._due.pop(tick):
+            on_time()
