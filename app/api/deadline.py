@@ -60,10 +60,10 @@ class _InTime(AbstractAsyncContextManager[None]):
         task = asyncio.current_task()
         assert task is not None, "a request is answered in a task"
         self._task, self._cancelling = task, task.cancelling()
-        self._token = self._deadlines.add(self._deadline, self._expire)
+        self._deadlines.add(self._deadline, self._expire)
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._deadlines.remove(self._token)
+        self._deadlines.remove(self._deadline, self._expire)
         if not self._is_expired:
             return
         # Somebody else may have cancelled the request as well: that goes on.

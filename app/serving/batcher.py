@@ -420,7 +420,7 @@ class Batcher(Generic[Item, Result]):
         return _Request(self._loop.create_future(), size=size, deadline=deadline, kept=kept)
 
     async def _answer(self, lane: _Lane, request: _Request[Result]) -> list[Result]:
-        token = self._deadlines.add(request.deadline, request.expire)
+        self._deadlines.add(request.deadline, request.expire)
         reason: DropReason = "abandoned"
         try:
             return await request.future
@@ -428,7 +428,7 @@ class Batcher(Generic[Item, Result]):
             reason = "expired"
             raise
         finally:
-            self._deadlines.remove(token)
+            self._deadlines.remove(request.deadline, request.expire)
             self._withdraw(lane, request, reason)
 
     def _wait_for_turn(self, device: str) -> _Lane | None:

@@ -8,9 +8,6 @@ from typing import Final
 
 _TICKS_A_SECOND: Final = 100
 
-Token = tuple[int, Callable[[], None]]
-"""What is to be removed when the deadline has been met."""
-
 
 class Deadlines:
     """Calls back at a deadline or within a hundredth of a second after it, in the event loop.
@@ -27,27 +24,28 @@ class Deadlines:
         self._due: dict[int, set[Callable[[], None]]] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}
 
-    def add(self, deadline: float, on_time: Callable[[], None]) -> Token:
-        """Have ``on_time`` called, unless the token is removed before.
+    def add(self, deadline: float, on_time: Callable[[], None]) -> None:
+        """Have ``on_time`` called, unless it is removed before.
 
         Args:
             deadline: may have passed; never, where it is infinite.
             on_time: equal to no other that waits for the same deadline.
         """
         if deadline == math.inf:
-            return 0, on_time
-        tick = math.ceil(deadline * _TICKS_A_SECOND)
+            return
+        tick = _tick(deadline)
         due = self._due.get(tick)
         if due is None:
             due = self._due[tick] = set()
             left_s = max(0.0, tick / _TICKS_A_SECOND - self._clock())
             self._timers[tick] = asyncio.get_running_loop().call_later(left_s, self._call, tick)
         due.add(on_time)
-        return tick, on_time
 
-    def remove(self, token: Token) -> None:
-        """Call it no more, if it has not been called yet."""
-        tick, on_time = token
+    def remove(self, deadline: float, on_time: Callable[[], None]) -> None:
+        """Call what was added no more, if it has not been called yet."""
+        if deadline == math.inf:
+            return
+        tick = _tick(deadline)
         due = self._due.get(tick)
         if due is None:
             return
@@ -60,3 +58,7 @@ class Deadlines:
         del self._timers[tick]
         for on_time in self._due.pop(tick):
             on_time()
+
+
+def _tick(deadline: float) -> int:
+    return math.ceil(deadline * _TICKS_A_SECOND)
