@@ -24,6 +24,8 @@ from app.store import Fingerprint
 
 MAX_UNREADABLE_SHARE: Final = 0.01
 _BATCHES_AHEAD: Final = 3
+_MOST_IMAGES_A_JOB: Final = 8
+"""To hand over a tiny image takes as long as to decode it."""
 _REMOTE_READERS: Final = 16
 """Threads that wait for another machine's answers."""
 _DIGEST_SIZE: Final = hashlib.sha256().digest_size
@@ -122,10 +124,10 @@ class Reading:
         read = self.source.reader()
         pool = ThreadPoolExecutor(self._threads(), thread_name_prefix="decode")
         try:
-            pending: deque[tuple[range, list[Future[LoadedFile]]]] = deque()
+            pending: deque[tuple[range, list[Future[list[LoadedFile]]]]] = deque()
             for batch in in_batches(positions, self.batch_size):
-                jobs = [pool.submit(self._load, read, position) for position in batch]
-                pending.append((batch, jobs))
+                parts = in_batches(batch, self._images_a_job())
+                pending.append((batch, [pool.submit(self._load_all, read, part) for part in parts]))
                 if len(pending) > _BATCHES_AHEAD:
                     yield _collected(*pending.popleft())
             while pending:
@@ -136,6 +138,12 @@ class Reading:
     def _threads(self) -> int:
         threads = self.threads or os.cpu_count() or 1
         return max(threads, _REMOTE_READERS) if self.source.is_remote else threads
+
+    def _images_a_job(self) -> int:
+        return max(1, min(_MOST_IMAGES_A_JOB, self.batch_size // self._threads()))
+
+    def _load_all(self, read: Reader, positions: range) -> list[LoadedFile]:
+        return [self._load(read, position) for position in positions]
 
     def _load(self, read: Reader, position: int) -> LoadedFile:
         """An image and its digest; what is wrong with it becomes the reason, not an error."""
@@ -324,5 +332,5 @@ def tracked(
         progress(title, done=done, total=total)
 
 
-def _collected(positions: range, jobs: Sequence[Future[LoadedFile]]) -> Batch:
-    return Batch(positions, [job.result() for job in jobs])
+def _collected(positions: range, jobs: Sequence[Future[list[LoadedFile]]]) -> Batch:
+    return Batch(positions, [file for job in jobs for file in job.result()])
