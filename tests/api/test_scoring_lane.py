@@ -1,14 +1,16 @@
 """The scoring lane answers as the router does, and leaves it what is not its own."""
 
+import asyncio
 import gc
 import weakref
 
 import pytest
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.testclient import TestClient
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from app.api.auth import ApiKeyRequired
+from app.api.disconnect import DEPARTURE
 from app.api.scoring_lane import ScoringLane, ScoringRoute
 from app.errors import NotReadyError, ServingError
 from app.main import create_app
@@ -194,3 +196,45 @@ def test_an_unknown_convertor_is_refused() -> None:
 
     with pytest.raises(AssertionError, match="would not be converted"):
         ScoringLane(FastAPI(), routers=[router])
+
+
+def test_a_request_leaves_no_cycles() -> None:
+    """Garbage is looked for rarely: what a request leaves must go with its last reference."""
+    app = create_app(Settings(model_store=STORE))
+    message = {"type": "http.request", "body": JPEG, "more_body": False}
+    statuses: list[int] = []
+
+    async def receive() -> Message:
+        return message
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    def scope() -> Scope:
+        return {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/score",
+            "query_string": b"",
+            "headers": [(b"content-type", b"image/jpeg")],
+            "state": {},
+            "extensions": {DEPARTURE: lambda on_departure: None},
+        }
+
+    async def scenario() -> None:
+        async with app.router.lifespan_context(app), asyncio.timeout(60):
+            while not app.state.service._is_loaded:  # noqa: ASYNC110 - another thread's work
+                await asyncio.sleep(0.01)
+            for _ in range(2):
+                await asyncio.create_task(app(scope(), receive, send))
+            gc.collect()
+            gc.disable()
+            for _ in range(100):
+                await asyncio.create_task(app(scope(), receive, send))
+            found = gc.collect()
+            gc.enable()
+        assert statuses == [200] * 102
+        assert found < 100, "fewer objects than requests"
+
+    asyncio.run(scenario())

@@ -312,6 +312,77 @@ def test_closing_waits_for_held_places() -> None:
     run(scenario())
 
 
+def test_an_item_may_come_from_any_thread() -> None:
+    """Its request holds a place until it is there, and is answered as any other."""
+
+    async def scenario() -> None:
+        batcher = numbers(queue_size=1)
+        with Doubler(batcher).working(), batcher.places(1) as places:
+            submission = batcher.begin("key", places=places)
+            threading.Timer(0.05, submission.put, [4]).start()
+            with pytest.raises(QueueFullError):
+                batcher.check_room()
+            assert await submission.result() == 8
+            batcher.check_room()
+
+    run(scenario())
+
+
+def test_an_item_that_cannot_be_made() -> None:
+    """Its request fails with the reason, and leaves nothing in the queue."""
+
+    async def scenario() -> None:
+        batcher = numbers(queue_size=1)
+        with batcher.places(1) as places:
+            submission = batcher.begin("key", places=places)
+            threading.Timer(0.05, submission.fail, [ValueError("no image")]).start()
+            with pytest.raises(ValueError, match="no image"):
+                await submission.result()
+        assert batcher.depth == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_an_item_that_comes_when_nobody_waits_any_more(is_cancelled: bool) -> None:
+    """The deadline passed, or the client went away, while it was made: it is not queued."""
+
+    async def scenario() -> None:
+        batcher = numbers(queue_size=1)
+        deadline = time.monotonic() + (DEADLINE_S if is_cancelled else 0.05)
+        with batcher.places(1) as places:
+            submission = batcher.begin("key", places=places, deadline=deadline)
+            waiting = asyncio.ensure_future(submission.result())
+            await asyncio.sleep(0)
+            if is_cancelled:
+                waiting.cancel()
+            with pytest.raises(asyncio.CancelledError if is_cancelled else DeadlineExceededError):
+                await waiting
+        submission.put(4)
+        submission.fail(ValueError("no image"))
+        await asyncio.sleep(0)
+        assert batcher.depth == 0
+
+    run(scenario())
+
+
+def test_an_item_that_is_late_leaves_the_queue() -> None:
+    """It was there in time, and no worker took it."""
+    dropped: list[tuple[str, int]] = []
+
+    async def scenario() -> None:
+        batcher = numbers(on_drop=lambda reason, count: dropped.append((reason, count)))
+        with batcher.places(1) as places:
+            submission = batcher.begin("key", places=places, deadline=time.monotonic() + 0.05)
+            submission.put(4)
+            with pytest.raises(DeadlineExceededError):
+                await submission.result()
+        assert batcher.depth == 0
+
+    run(scenario())
+    assert dropped == [("expired", 1)]
+
+
 def test_too_late_is_refused_at_once() -> None:
     """When what is ahead takes longer than a request can wait, it is refused, not kept waiting."""
 

@@ -1,14 +1,17 @@
 """Decoding: large images have a lane of their own, late and unaffordable ones are not decoded."""
 
 import asyncio
+import queue
 import threading
 import time
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
+from torch import Tensor
 
 from app.core.images import Preprocessing, load
 from app.core.networks import CIFAR_PREPROCESSING
@@ -158,6 +161,63 @@ def test_large_images_do_not_starve_small_ones(large: bytes, is_scaled: bool) ->
         pool.shutdown()
 
     run(scenario())
+
+
+@pytest.mark.parametrize("data", [jpeg(1), jpeg(1, height=72, width=72), LARGE])
+def test_an_image_is_handed_on_where_it_was_decoded(data: bytes) -> None:
+    """Small and large in their threads, a tiny one in the caller's; whatever goes wrong is told."""
+    taken: queue.Queue[tuple[str, Any]] = queue.Queue()
+
+    def take(image: Tensor) -> None:
+        taken.put((threading.current_thread().name, image))
+
+    def refuse(image: Tensor) -> None:
+        raise RuntimeError("no room")
+
+    def told(error: Exception) -> None:
+        taken.put((threading.current_thread().name, error))
+
+    pool = decoders()
+    for file, then in ((data, take), (data[:-20], take), (data, refuse)):
+        pool.start(file, CIFAR_PREPROCESSING, deadline=NEVER, then=then, otherwise=told)
+        thread, found = taken.get(timeout=DEADLINE_S)
+        expected = {len(LARGE): "decode-large_", len(jpeg(1)): threading.current_thread().name}
+        assert thread.startswith(expected.get(len(data), "decode_"))
+        if file != data:
+            assert isinstance(found, UndecodableImageError)
+        elif then is take:
+            assert found.equal(load(data, CIFAR_PREPROCESSING))
+        else:
+            assert str(found) == "no room"
+    pool.shutdown()
+
+
+def test_what_nobody_waits_for_is_not_decoded() -> None:
+    """A cancelled image leaves the queue of either lane."""
+    _may_pass.clear()
+    held = Held(**CIFAR_PREPROCESSING.model_dump())
+    pool, taken = decoders(decode_threads=1), queue.SimpleQueue[int]()
+
+    def note(number: int, image: Tensor) -> None:
+        taken.put(number)
+
+    jobs = [
+        pool.start(
+            data,
+            held,
+            deadline=NEVER,
+            then=partial(note, number),
+            otherwise=lambda error: taken.put(-1),
+        )
+        for number, data in enumerate([LARGE, LARGE, jpeg(1, height=72, width=72)])
+    ]
+
+    assert taken.get(timeout=DEADLINE_S) == 2
+    jobs[1].cancel()
+    _may_pass.set()
+    assert taken.get(timeout=DEADLINE_S) == 0
+    pool.shutdown()
+    assert taken.empty()
 
 
 def test_late_images_are_not_decoded() -> None:
