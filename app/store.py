@@ -232,8 +232,8 @@ class LoadedBundle:
             detector: let it go afterwards: its network is a second copy of the weights.
             graphs: those in the bundle's folder by default.
             threads: of a forward pass; torch's by default.
-            passes: that may run at once, and then share the threads. More than one needs a
-                second copy of the weights.
+            passes: that may run at once, and then share the threads. More than one of several
+                threads needs a second copy of the weights.
 
         Raises:
             EngineError: ONNX Runtime is not installed or does not run the bundle's dtype, there
@@ -247,8 +247,8 @@ class LoadedBundle:
                 graphs = read_graphs(self.folder / GRAPHS_FOLDER)
             threads = threads or torch.get_num_threads()
             engine = self._agreeing(detector, graphs, threads=threads)
-            if passes == 1:
-                return detector.on_engine(engine)
+            if passes == 1 or threads == 1:
+                return detector.on_engine(engine, passes=passes)
             # A session's passes share all its threads but one: the thread that calls is that one.
             beside = self._agreeing(detector, graphs, threads=max(1, threads - passes + 1))
             return detector.on_engine(engine, beside=beside, passes=passes)

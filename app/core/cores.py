@@ -11,6 +11,7 @@ quarter more time an image, or more."""
 MOST_PASSES: Final = 2
 """Forward passes at once on the CPU."""
 _TINY_SIDE: Final = 64
+_TINY_IMAGES_BESIDE: Final = 8
 
 
 def usable_cores() -> int:
@@ -31,6 +32,18 @@ def threads_a_pass(side: int) -> int:
     For tiny images one: to part and meet again would cost more than it gives.
     """
     return 1 if side <= _TINY_SIDE else usable_cores()
+
+
+def images_beside(side: int) -> int:
+    """The fewest square images of a request that are worth a pass beside another.
+
+    Where requests bring a few tiny ones each, the event loop needs the other core: to it, and to
+    its waiting for the interpreter's lock, a second pass would cost more than it gives.
+
+    Args:
+        side: of an image, in pixels.
+    """
+    return _TINY_IMAGES_BESIDE if side <= _TINY_SIDE else 1
 
 
 def passes_at_once(threads: int) -> int:

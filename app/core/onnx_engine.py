@@ -12,7 +12,8 @@ from app.core.onnx_graph import FEATURE_NORMS, INPUT, WEIGHT_PREFIX, Graph, Grap
 from app.errors import EngineError, NoEngineError
 
 _OPTIONS: Final = {
-    # Threads that spin between batches would take the cores of the event loop and the decoders.
+    # Threads that spin between batches would take the cores of the event loop and the decoders;
+    # within one they do, briefly, where several share it: see below.
     "session.intra_op.allow_spinning": "0",
     "session.inter_op.allow_spinning": "0",
     "session.force_spinning_stop": "1",

@@ -51,29 +51,48 @@ class _Request(Generic[Result]):
         deadline: float,
         kept: list[Interval] | None,
     ) -> None:
-        self.future = future
+        self.size = size
         self.deadline = deadline
         self.kept = kept
+        self._future: asyncio.Future[list[Result]] | None = future
         self._results: dict[int, Result] = {}
-        self._size = size
         self._is_expired = False
+
+    @property
+    def is_over(self) -> bool:
+        future = self._future
+        return future is None or future.done()
+
+    @property
+    def is_answered(self) -> bool:
+        assert self._future is not None, "only before it is let go"
+        return self.is_over and not (self._future.cancelled() or self._is_expired)
+
+    async def answer(self) -> list[Result]:
+        assert self._future is not None, "it is waited for once"
+        results = await self._future
+        if self._is_expired:
+            raise DeadlineExceededError("the deadline passed before the answer")
+        return results
 
     def settle(self, position: int, result: Result) -> None:
         self._results[position] = result
-        if len(self._results) == self._size and not self.future.done():
-            self.future.set_result([self._results[place] for place in range(self._size)])
-
-    def is_answered(self) -> bool:
-        return self.future.done() and not (self.future.cancelled() or self._is_expired)
-
-    def expire(self) -> None:
-        if not self.future.done():
-            self._is_expired = True
-            self.fail(DeadlineExceededError("the deadline passed before the answer"))
+        if len(self._results) == self.size and self._future is not None and not self.is_over:
+            self._future.set_result([self._results[place] for place in range(self.size)])
 
     def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
+        if self._future is not None and not self.is_over:
+            self._future.set_exception(error)
+
+    def expire(self) -> None:
+        if self._future is not None and not self.is_over:
+            self._is_expired = True
+            self._future.set_result([])
+
+    def let_go(self) -> None:
+        # An error in the future leads by the frames it went through back to this request, and to
+        # the upload: they would stay until the collector of garbage comes by.
+        self._future = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +129,7 @@ class Batch(Generic[Item, Result]):
     waits_s: Sequence[float]
     """How long each item waited in the queue."""
     is_alone: bool
-    """Whether no other item was on its way when these were taken."""
+    """Whether no other item was on its way, to whatever device, when these were taken."""
     _requests: Sequence[tuple[_Request[Result], int]]
     _loop: asyncio.AbstractEventLoop
     _on_end: Callable[[int], None]
@@ -225,13 +244,11 @@ class Submission(Generic[Item, Result]):
 
     def put(self, item: Item) -> None:
         """The item is ready; for any thread to call."""
-        # Whoever asked for it may have gone, and given its place back.
-        if not self._request.future.done():
-            self._batcher._enqueue(self._lane, [item], self._request, self._places)
+        self._batcher._enqueue(self._lane, [item], self._request, self._places)
 
     def fail(self, error: Exception) -> None:
         """There will be no item; for any thread to call."""
-        self._request.future.get_loop().call_soon_threadsafe(self._request.fail, error)
+        self._batcher._call_soon(self._request.fail, error)
 
     async def result(self) -> Result:
         """The item's result; as :meth:`Batcher.submit`, or what :meth:`fail` was told."""
@@ -248,6 +265,8 @@ class Batcher(Generic[Item, Result]):
         max_wait_s: how long a free thread waits for a batch to fill; 0 never delays.
         batch_size_of: of items of that key, where it is smaller.
         batches_of: batches that one device may run at once while one of that key is among them.
+        least_beside: items of that key in one request that are worth a batch beside another; where
+            so many wait for each of two, they share what waits.
         on_drop: told of items that left the queue unanswered.
         lag_s: how long an item has waited already when it is heard of.
         deadlines: shared with others; on that clock.
@@ -262,6 +281,7 @@ class Batcher(Generic[Item, Result]):
         max_wait_s: float = 0,
         batch_size_of: Callable[[Hashable], int] | None = None,
         batches_of: Callable[[Hashable, str], int] = lambda key, device: 1,
+        least_beside: Callable[[Hashable], int] = lambda key: 1,
         on_drop: Callable[[DropReason, int], None] = lambda reason, count: None,
         lag_s: Callable[[], float] = lambda: 0.0,
         deadlines: Deadlines | None = None,
@@ -272,6 +292,7 @@ class Batcher(Generic[Item, Result]):
         self._max_wait_s = max_wait_s
         self._batch_size_of = batch_size_of or (lambda key: max_batch_size)
         self._batches_of = batches_of
+        self._least_beside = least_beside
         self._running: defaultdict[str, list[int]] = defaultdict(list)
         """Of each batch under way on a device, how many there may be beside it and with it."""
         self._idle: Counter[str] = Counter()
@@ -401,7 +422,7 @@ class Batcher(Generic[Item, Result]):
                 # Before it gathers: another thread would else take its place.
                 self._running[device].append(batches)
                 self._wait_for_company(lane)
-                if taken := self._pop(lane):
+                if taken := self._pop(lane, device):
                     self._wake()
                     mark = self._pace.take()
                     return self._batch(lane, taken, partial(self._end, device, batches, mark))
@@ -419,17 +440,22 @@ class Batcher(Generic[Item, Result]):
         self._loop = asyncio.get_running_loop()
         return _Request(self._loop.create_future(), size=size, deadline=deadline, kept=kept)
 
+    def _call_soon(self, call: Callable[[Exception], None], error: Exception) -> None:
+        assert self._loop is not None, "only what a request was made for can fail"
+        self._loop.call_soon_threadsafe(call, error)
+
     async def _answer(self, lane: _Lane, request: _Request[Result]) -> list[Result]:
         self._deadlines.add(request.deadline, request.expire)
         reason: DropReason = "abandoned"
         try:
-            return await request.future
+            return await request.answer()
         except DeadlineExceededError:
             reason = "expired"
             raise
         finally:
             self._deadlines.remove(request.deadline, request.expire)
             self._withdraw(lane, request, reason)
+            request.let_go()
 
     def _wait_for_turn(self, device: str) -> _Lane | None:
         """The lane that the device is to take a batch of; None once closed and empty."""
@@ -452,7 +478,13 @@ class Batcher(Generic[Item, Result]):
         if lane is None or not running:
             return lane
         most = min(self._batches_of(lane.key, device), *running)
-        return None if lane.is_background or len(running) >= most else lane
+        is_worth_it = not lane.is_background and self._are_worth_company(lane, batches=1)
+        return lane if is_worth_it and len(running) < most else None
+
+    def _are_worth_company(self, lane: _Lane, *, batches: int) -> bool:
+        """Whether what waits is worth so many batches beside each other."""
+        queue, least = self._queues[lane], self._least_beside(lane.key)
+        return queue[0].request.size >= least and len(queue) >= batches * least
 
     def _wake(self) -> None:
         """Tell the threads that wait for work, where there is some for them."""
@@ -491,6 +523,8 @@ class Batcher(Generic[Item, Result]):
     ) -> None:
         arrived = self._clock()
         with self._changed:
+            if request.is_over:
+                return  # while its item was prepared: its place has been given back
             if lane.is_background:
                 self._check_background(len(items))
             else:
@@ -517,7 +551,7 @@ class Batcher(Generic[Item, Result]):
 
     def _withdraw(self, lane: _Lane, request: _Request[Result], reason: DropReason) -> None:
         """Take what still waits of a request that has ended out of the queue."""
-        if request.is_answered():
+        if request.is_answered:
             return
         with self._changed:
             queue = self._queues.get(lane, deque())
@@ -545,17 +579,17 @@ class Batcher(Generic[Item, Result]):
         )
         self._gathering -= 1
 
-    def _pop(self, lane: _Lane) -> list[_Pending[Item, Result]]:
+    def _pop(self, lane: _Lane, device: str) -> list[_Pending[Item, Result]]:
         """Up to a batch of the items of a lane that somebody still waits for."""
         queue = self._queues.get(lane, deque())
         taken: list[_Pending[Item, Result]] = []
         now, expired, gone = self._clock(), 0, 0
-        batch_size = self._batch_size(lane)
+        batch_size = self._share(lane, device)
         while queue and len(taken) < batch_size:
             pending = queue.popleft()
             if pending.request.deadline <= now:
                 expired += 1
-            elif pending.request.future.done():
+            elif pending.request.is_over:
                 gone += 1
             else:
                 taken.append(pending)
@@ -565,6 +599,14 @@ class Batcher(Generic[Item, Result]):
         if expired:
             self._on_drop("expired", expired)
         return taken
+
+    def _share(self, lane: _Lane, device: str) -> int:
+        """The most items of the batch that is about to be taken, the device's latest."""
+        batch_size, running = self._batch_size(lane), self._running[device]
+        may_be_shared = self._least_beside(lane.key) > 1 and len(running) < min(running)
+        if may_be_shared and lane in self._queues and self._are_worth_company(lane, batches=2):
+            return min(batch_size, math.ceil(len(self._queues[lane]) / 2))
+        return batch_size
 
     def _batch_size(self, lane: _Lane) -> int:
         return min(self._max_batch_size, self._batch_size_of(lane.key))
@@ -581,7 +623,7 @@ class Batcher(Generic[Item, Result]):
         taken: Sequence[_Pending[Item, Result]],
         on_end: Callable[[int], None],
     ) -> Batch[Item, Result]:
-        assert self._loop is not None, "an item can only come from submit"
+        assert self._loop is not None, "an item can only come from a request"
         now = self._clock()
         return Batch(
             key=lane.key,

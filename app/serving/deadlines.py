@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Final
 
 _TICKS_A_SECOND: Final = 100
+_ROUNDING_S: Final = 0.002
+"""uvloop's timers are in whole milliseconds, and may be early by more than one."""
 
 
 class Deadlines:
-    """Calls back at a deadline or within a hundredth of a second after it, in the event loop.
+    """Calls back after a deadline, by little more than a hundredth of a second, in the event loop.
 
     Those of one hundredth share a timer, which costs more than all else here. To be used in one
     event loop.
@@ -29,7 +31,7 @@ class Deadlines:
 
         Args:
             deadline: may have passed; never, where it is infinite.
-            on_time: equal to no other that waits for the same deadline.
+            on_time: equal to no other that waits for a deadline.
         """
         if deadline == math.inf:
             return
@@ -37,7 +39,7 @@ class Deadlines:
         due = self._due.get(tick)
         if due is None:
             due = self._due[tick] = set()
-            left_s = max(0.0, tick / _TICKS_A_SECOND - self._clock())
+            left_s = max(0.0, tick / _TICKS_A_SECOND - self._clock()) + _ROUNDING_S
             self._timers[tick] = asyncio.get_running_loop().call_later(left_s, self._call, tick)
         due.add(on_time)
 

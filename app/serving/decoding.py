@@ -6,7 +6,7 @@ Tiny JPEGs are decoded in the loop: handing them over would cost several times a
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, TypedDict
 
@@ -20,7 +20,7 @@ from app.core.images import (
     read_header,
     read_plain_header,
 )
-from app.errors import DeadlineExceededError
+from app.errors import DeadlineExceededError, ImageError, ServingError
 from app.serving.budget import MemoryBudget
 from app.settings import DECODED_BYTES_PER_PIXEL, Settings
 
@@ -49,19 +49,25 @@ class Decoding:
     """One image on its way through the threads."""
 
     def __init__(self) -> None:
-        self._steps: list[Future[None]] = []
+        self._step: Callable[[], None] | None = None
         self._is_cancelled = False
 
     def cancel(self) -> None:
-        """Take it out of the queue, where it still waits for a thread."""
+        """Let the image go, where it still waits for a thread."""
         self._is_cancelled = True
-        for step in self._steps:
-            step.cancel()
+        self._step = None
 
     def go_on(self, threads: ThreadPoolExecutor, step: Callable[[], None]) -> None:
         """Have its next step run in one of ``threads``."""
         if not self._is_cancelled:
-            self._steps.append(threads.submit(step))
+            # Not in the threads' own queue: what is cancelled there stays until its turn.
+            self._step = step
+            threads.submit(self._run)
+
+    def _run(self) -> None:
+        step, self._step = self._step, None
+        if step is not None and not self._is_cancelled:
+            step()
 
 
 class Decoders:
@@ -113,6 +119,7 @@ class Decoders:
             return await decoded
         finally:
             decoding.cancel()
+            del decoded  # an error in it leads back to this frame
 
     def start(
         self,
@@ -138,7 +145,7 @@ class Decoders:
                 then(load_accepted(data, tiny, preprocessing))
                 return Decoding()
         except Exception as error:
-            otherwise(error)
+            otherwise(_bare(error))
             return Decoding()
         return self._start(data, preprocessing, deadline=deadline, then=then, otherwise=otherwise)
 
@@ -169,7 +176,7 @@ class Decoders:
                 else:
                     then(finish())
             except Exception as error:
-                otherwise(error)
+                otherwise(_bare(error))
 
         decoding.go_on(self._small, begin)
         return decoding
@@ -204,7 +211,14 @@ def _hand_on(
     try:
         then(make())
     except Exception as error:
-        otherwise(error)
+        otherwise(_bare(error))
+
+
+def _bare(error: Exception) -> Exception:
+    """An error; without its frames, which hold the upload and lead to it, where clients are told."""
+    if isinstance(error, ImageError | ServingError):
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
 
 
 def _settle(future: asyncio.Future[Any], settle: Callable[[Any], None], value: Any) -> None:

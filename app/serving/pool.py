@@ -16,7 +16,13 @@ import structlog
 import torch
 
 from app.core.allocator import return_memory
-from app.core.cores import images_a_pass, passes_at_once, threads_a_pass
+from app.core.cores import (
+    images_a_pass,
+    images_beside,
+    passes_at_once,
+    threads_a_pass,
+    usable_cores,
+)
 from app.core.detector import Detector
 from app.core.engines import EngineName
 from app.errors import (
@@ -50,6 +56,8 @@ class LoadedModel:
     drift: DriftMonitor
     batch_size: int
     """Most images in one forward pass."""
+    least_beside: int = 1
+    """Images in one request that are worth a pass beside another."""
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
 
@@ -510,6 +518,7 @@ class ModelPool:
             ),
             drift=drift,
             batch_size=batch_size,
+            least_beside=images_beside(side),
         )
 
     def _read(self, name: str, version: int, store: Store) -> LoadedBundle:
@@ -535,9 +544,9 @@ class ModelPool:
         try:
             if device != "cpu":
                 return stored.on_cuda_graphs(detector, device=device, batch_size=batch_size)
-            side = stored.bundle.preprocessing.crop
-            threads = self._settings.compute_threads or threads_a_pass(side)
-            passes = passes_at_once(min(threads, threads_a_pass(side)))
+            threads = self._settings.compute_threads
+            passes = passes_at_once(threads or usable_cores())
+            threads = threads or threads_a_pass(stored.bundle.preprocessing.crop)
             return stored.on_onnxruntime(detector, threads=threads, passes=passes)
         except EngineError as error:
             if wanted == "onnxruntime":

@@ -39,6 +39,7 @@ from app.serving.worker import (
     batches_of,
     compute_on,
     device_names,
+    least_beside,
     threads_of,
 )
 from app.settings import Settings
@@ -84,6 +85,7 @@ class ScoringService:
             max_wait_s=settings.max_wait_ms / 1000,
             batch_size_of=batch_size_of,
             batches_of=batches_of,
+            least_beside=least_beside,
             on_drop=self._count_dropped,
             lag_s=lambda: self._lag.seconds,
             deadlines=self.deadlines,
@@ -306,14 +308,16 @@ class ScoringService:
         self, work: Work, files: Sequence[bytes], *, deadline: float, places: Places
     ) -> tuple[Sequence[_Decoded], Sequence[Detection]]:
         """One image, handed by the thread that decodes it to one that runs the network."""
-        [data], model, started, kept = files, work.model, time.monotonic(), intervals()
+        [data], model, kept = files, work.model, intervals()
+        begun = iter([time.monotonic()])
         submission = self._batcher.begin(work, deadline=deadline, places=places)
         decoded: Tensor | None = None
 
         def observe() -> None:
-            seconds = time.monotonic() - started
-            self._metrics.observe_stage("decode", seconds, kept=kept)
-            model.statistics.observe("compute_input", seconds)
+            for started in begun:  # once, by whoever comes first
+                seconds = time.monotonic() - started
+                self._metrics.observe_stage("decode", seconds, kept=kept)
+                model.statistics.observe("compute_input", seconds)
 
         def then(image: Tensor) -> None:
             nonlocal decoded
@@ -335,6 +339,7 @@ class ScoringService:
             return [_Decoded(data, error.with_traceback(None))], []
         finally:
             decoding.cancel()
+            observe()
         assert decoded is not None, "a result is of an image"
         return [_Decoded(data, decoded)], [detection]
 
@@ -390,8 +395,9 @@ class ScoringService:
         try:
             return await self._decoders.decode(data, preprocessing, deadline=deadline)
         except (ImageError, ServingError) as error:
-            # Returned, so that the neighbours of a failed image come to their own end.
-            return error
+            # Returned, so that the neighbours of a failed image come to their own end; without the
+            # frames, which lead back to it.
+            return error.with_traceback(None)
         finally:
             self._metrics.observe_stage("decode", time.monotonic() - started)
 

@@ -65,6 +65,12 @@ def batches_of(key: Hashable, device: str) -> int:
     return key.model.detectors[device].passes
 
 
+def least_beside(key: Hashable) -> int:
+    """Images of that :class:`Work` in one request that are worth a batch beside another."""
+    assert isinstance(key, Work)
+    return key.model.least_beside
+
+
 ImageBatcher = Batcher[Tensor, Detection]
 
 

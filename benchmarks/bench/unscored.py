@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from app import cli
-from app.core.cores import passes_at_once, threads_a_pass
+from app.core.cores import passes_at_once, threads_a_pass, usable_cores
 from app.core.detector import Detections, Detector
 from app.core.engines import EngineName
 from app.core.onnx_graph import INPUT
@@ -83,9 +83,9 @@ def on_torch(loaded: LoadedBundle, detector: Detector) -> Classifier:
 def on_onnxruntime(loaded: LoadedBundle) -> Classifier:
     """The network alone, as ONNX Runtime runs it."""
     threads = threads_a_pass(loaded.bundle.preprocessing.crop)
-    passes = passes_at_once(threads)
+    passes = passes_at_once(usable_cores())
     beside = None
-    if passes > 1:
+    if min(passes, threads) > 1:
         logits = _by_session(loaded, threads=threads - passes + 1)
         beside = Classifier(logits, engine="onnxruntime", passes=passes)
     logits = _by_session(loaded, threads=threads)

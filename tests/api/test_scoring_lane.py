@@ -198,43 +198,64 @@ def test_an_unknown_convertor_is_refused() -> None:
         ScoringLane(FastAPI(), routers=[router])
 
 
-def test_a_request_leaves_no_cycles() -> None:
+_PHOTOGRAPH = jpeg(1, height=72, width=72)
+_BOUNDARY = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+_FORM = b"\r\n".join([_BOUNDARY + _PHOTOGRAPH, _BOUNDARY + _PHOTOGRAPH[:-50], b"--x--\r\n"])
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "deadline_ms", "status"),
+    [
+        (JPEG, "image/jpeg", "9000", 200),
+        (_PHOTOGRAPH, "image/jpeg", "9000", 200),
+        (JPEG[:-50], "image/jpeg", "9000", 422),
+        (_PHOTOGRAPH[:-50], "image/jpeg", "9000", 422),
+        (_FORM, "multipart/form-data; boundary=x", "9000", 200),
+        (_PHOTOGRAPH, "image/jpeg", "0.001", 504),
+    ],
+    ids=["tiny", "photograph", "broken", "broken photograph", "form", "late"],
+)
+def test_a_request_leaves_no_cycles(
+    body: bytes, content_type: str, deadline_ms: str, status: int
+) -> None:
     """Garbage is looked for rarely: what a request leaves must go with its last reference."""
     app = create_app(Settings(model_store=STORE))
-    message = {"type": "http.request", "body": JPEG, "more_body": False}
     statuses: list[int] = []
 
     async def receive() -> Message:
-        return message
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.start":
             statuses.append(message["status"])
 
-    def scope() -> Scope:
-        return {
+    async def ask() -> None:
+        headers = {"content-type": content_type, "x-request-deadline-ms": deadline_ms}
+        scope = {
             "type": "http",
             "method": "POST",
             "path": "/v1/score",
             "query_string": b"",
-            "headers": [(b"content-type", b"image/jpeg")],
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
             "state": {},
             "extensions": {DEPARTURE: lambda on_departure: None},
         }
+        await asyncio.create_task(app(scope, receive, send))
 
     async def scenario() -> None:
         async with app.router.lifespan_context(app), asyncio.timeout(60):
             while not app.state.service._is_loaded:  # noqa: ASYNC110 - another thread's work
                 await asyncio.sleep(0.01)
             for _ in range(2):
-                await asyncio.create_task(app(scope(), receive, send))
+                await ask()
             gc.collect()
-            gc.disable()
             for _ in range(100):
-                await asyncio.create_task(app(scope(), receive, send))
-            found = gc.collect()
-            gc.enable()
-        assert statuses == [200] * 102
-        assert found < 100, "fewer objects than requests"
+                await ask()
+            assert gc.collect() < 100, "fewer objects than requests"
 
-    asyncio.run(scenario())
+    gc.disable()
+    try:
+        asyncio.run(scenario())
+    finally:
+        gc.enable()
+    assert statuses == [status] * 102

@@ -126,6 +126,8 @@ def test_threads_spin_where_they_can_be_told_how_briefly(
 
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    if spins == "1":
+        assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "20"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")

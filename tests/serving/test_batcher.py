@@ -543,6 +543,47 @@ def test_two_batches_at_once_where_the_key_allows_it() -> None:
     run(scenario())
 
 
+def test_a_request_with_many_small_items_is_shared_by_two_batches() -> None:
+    """Each of two threads takes half of it, where half is worth a batch."""
+
+    async def scenario() -> None:
+        batcher = numbers(
+            max_batch_size=8, batches_of=lambda key, device: 2, least_beside=lambda key: 2
+        )
+        many = asyncio.ensure_future(batcher.submit("key", list(range(5))))
+        await until(lambda: batcher.depth == 5)
+        halves = [batcher.take(), batcher.take()]
+        for batch in halves:
+            assert batch is not None
+            batch.complete([2 * item for item in batch.items])
+        assert [len(batch.items) for batch in halves if batch is not None] == [3, 2]
+        assert await many == [0, 2, 4, 6, 8]
+
+    run(scenario())
+
+
+def test_small_items_of_many_requests_are_no_work_for_two() -> None:
+    """They travel together, and those that come later wait, however many they are."""
+
+    async def scenario() -> None:
+        batcher = numbers(
+            max_batch_size=8, batches_of=lambda key, device: 2, least_beside=lambda key: 2
+        )
+        waiting = await requests(batcher, 5)
+        first = batcher.take()
+        assert first is not None
+        assert len(first.items) == 5
+        later = await requests(batcher, 5)
+        with Doubler(batcher).working() as second:
+            await asyncio.sleep(0.05)
+            assert second.batches == []
+            first.complete([2 * item for item in first.items])
+            assert await asyncio.gather(*waiting, *later) == 2 * [[2 * i] for i in range(5)]
+            assert second.batches == [[0, 1, 2, 3, 4]]
+
+    run(scenario())
+
+
 @pytest.mark.parametrize(("first", "second"), [("one", "two"), ("two", "one"), ("one", "one")])
 @pytest.mark.parametrize("max_wait_s", [0, 0.01])
 def test_a_key_that_wants_the_device_for_itself_has_it(

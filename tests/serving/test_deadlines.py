@@ -39,6 +39,18 @@ def test_each_is_called_once_its_time_has_come() -> None:
     run(scenario())
 
 
+def test_neighbours_share_a_timer() -> None:
+    """Thousands that come in a second have no more than a hundred."""
+
+    async def scenario() -> None:
+        deadlines, due = Deadlines(), 100 * DEADLINE_S + time.monotonic() // 1
+        for i in range(1000):
+            deadlines.add(due + i / 100_000, partial(print, i))
+        assert len(deadlines._timers) <= 2
+
+    run(scenario())
+
+
 def test_what_was_removed_is_not_called() -> None:
     """Its neighbour of the same hundredth of a second is."""
 

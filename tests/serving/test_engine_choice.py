@@ -215,12 +215,12 @@ def test_a_version_let_go_has_no_engine(store: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tiny_side", "threads", "passes"), [(64, 2, 1), (16, 2, 2), (16, 1, 1), (16, 4, 2)]
+    ("tiny_side", "threads", "passes"), [(64, 2, 2), (16, 2, 2), (16, 1, 1), (16, 4, 2)]
 )
 def test_passes_at_once(
     store: Path, monkeypatch: pytest.MonkeyPatch, tiny_side: int, threads: int, passes: int
 ) -> None:
-    """Two share the threads, where images are not tiny; alone or together they score alike."""
+    """Two share the threads, where there are two; alone or together they score alike."""
     monkeypatch.setattr("app.core.cores._TINY_SIDE", tiny_side)
     settings = Settings.read({"model_store": store, "compute_threads": threads})
     pool = ModelPool(settings, Metrics(), devices=("cpu",))
