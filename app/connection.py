@@ -119,11 +119,18 @@ class Connection(HttpToolsProtocol):
                 self._turn_away(refusal)
             else:
                 super().on_headers_complete()
+                # What is added to it is kept as it is; in uvicorn's array it would be copied, and
+                # again where it is taken out.
+                self.cycle.body = b""  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
-        if not self._is_turned_away:
-            super().on_body(body)
+        if self._is_turned_away:
+            return
+        if self.cycle.body and isinstance(self.cycle.body, bytes):
+            # Bytes would be copied whole for every part.
+            self.cycle.body = bytearray(self.cycle.body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The body is complete."""

@@ -215,7 +215,7 @@ def _hand_on(
 
 
 def _bare(error: Exception) -> Exception:
-    """An error; without its frames, which hold the upload and lead to it, where clients are told."""
+    """An error that clients are told of without its frames: they hold the upload and lead to it."""
     if isinstance(error, ImageError | ServingError):
         error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
