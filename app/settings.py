@@ -74,9 +74,9 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=1024,
-        description="threads of forward passes on the CPU; two passes share them while there is "
-        "work for both, with torch one has all; default: all cores, one for tiny images, all but "
-        "one with torch",
+        description="cores for forward passes on the CPU; two passes share them while there is "
+        "work for both, each on one with tiny images, with torch one pass has all; default: all, "
+        "all but one with torch",
     )
     engine: Literal["auto", "torch", "onnxruntime"] = Field(
         "auto",

@@ -422,11 +422,13 @@ class Batcher(Generic[Item, Result]):
                 # Before it gathers: another thread would else take its place.
                 self._running[device].append(batches)
                 self._wait_for_company(lane)
-                if taken := self._pop(lane, device):
+                if self._may_run(lane, device) and (taken := self._pop(lane, device)):
                     self._wake()
                     mark = self._pace.take()
                     return self._batch(lane, taken, partial(self._end, device, batches, mark))
                 self._running[device].remove(batches)
+                # What this kept from its turn may have it now.
+                self._wake()
 
     def close(self) -> None:
         """Refuse new items; what was accepted is still handed out."""
@@ -480,6 +482,12 @@ class Batcher(Generic[Item, Result]):
         most = min(self._batches_of(lane.key, device), *running)
         is_worth_it = not lane.is_background and self._are_worth_company(lane, batches=1)
         return lane if is_worth_it and len(running) < most else None
+
+    def _may_run(self, lane: _Lane, device: str) -> bool:
+        """Whether what has gathered is still worth a batch, which is the device's latest."""
+        if lane not in self._queues:
+            return False
+        return len(self._running[device]) == 1 or self._are_worth_company(lane, batches=1)
 
     def _are_worth_company(self, lane: _Lane, *, batches: int) -> bool:
         """Whether what waits is worth so many batches beside each other."""
@@ -604,8 +612,12 @@ class Batcher(Generic[Item, Result]):
         """The most items of the batch that is about to be taken, the device's latest."""
         batch_size, running = self._batch_size(lane), self._running[device]
         may_be_shared = self._least_beside(lane.key) > 1 and len(running) < min(running)
-        if may_be_shared and lane in self._queues and self._are_worth_company(lane, batches=2):
-            return min(batch_size, math.ceil(len(self._queues[lane]) / 2))
+        if may_be_shared and self._are_worth_company(lane, batches=2):
+            queue = self._queues[lane]
+            half = math.ceil(len(queue) / 2)
+            # The other half must begin with a request that is worth it, too.
+            if queue[half].request.size >= self._least_beside(lane.key):
+                return min(batch_size, half)
         return batch_size
 
     def _batch_size(self, lane: _Lane) -> int:

@@ -544,9 +544,9 @@ class ModelPool:
         try:
             if device != "cpu":
                 return stored.on_cuda_graphs(detector, device=device, batch_size=batch_size)
-            threads = self._settings.compute_threads
-            passes = passes_at_once(threads or usable_cores())
-            threads = threads or threads_a_pass(stored.bundle.preprocessing.crop)
+            cores = self._settings.compute_threads or usable_cores()
+            is_shared = threads_a_pass(stored.bundle.preprocessing.crop) > 1
+            threads, passes = cores if is_shared else 1, passes_at_once(cores)
             return stored.on_onnxruntime(detector, threads=threads, passes=passes)
         except EngineError as error:
             if wanted == "onnxruntime":

@@ -562,6 +562,26 @@ def test_a_request_with_many_small_items_is_shared_by_two_batches() -> None:
     run(scenario())
 
 
+def test_a_half_that_is_not_worth_a_batch_is_not_left_behind() -> None:
+    """What follows a request with many items are single ones: they travel with it."""
+
+    async def scenario() -> None:
+        batcher = numbers(
+            max_batch_size=8, batches_of=lambda key, device: 2, least_beside=lambda key: 2
+        )
+        many = asyncio.ensure_future(batcher.submit("key", [1, 2]))
+        await until(lambda: batcher.depth == 2)
+        waiting = await requests(batcher, 2)
+        await until(lambda: batcher.depth == 4)
+        batch = batcher.take()
+        assert batch is not None
+        assert list(batch.items) == [1, 2, 0, 1]
+        batch.complete([2 * item for item in batch.items])
+        assert [await many, *await asyncio.gather(*waiting)] == [[2, 4], [0], [2]]
+
+    run(scenario())
+
+
 def test_small_items_of_many_requests_are_no_work_for_two() -> None:
     """They travel together, and those that come later wait, however many they are."""
 

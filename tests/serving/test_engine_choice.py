@@ -234,6 +234,6 @@ def test_passes_at_once(
     found.append(detector.detect(images))
 
     assert detector.passes == passes
-    assert (detector.beside is detector) == (passes == 1)
+    assert (detector.beside is detector) == (passes == 1 or tiny_side == 64)
     for detections in found:
         assert detections.scores == pytest.approx(truth, rel=ENGINE_TOLERANCE["float32"])
