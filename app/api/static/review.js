@@ -205,10 +205,18 @@ async function put(card, label) {
 async function give(card, label) {
   const before = card.image.label;
   const stored = put(card, label);
-  if (label !== null) activate(state.cards.indexOf(card) + 1);
-  await stored;
-  if (before !== label) state.done.push({ card, before });
+  // At once: who undoes before it is stored means this one, and not the one before it.
+  const step = { card, before, stored };
+  if (before !== label) state.done.push(step);
   $("undo").disabled = !state.done.length;
+  if (label !== null) activate(state.cards.indexOf(card) + 1);
+  try {
+    await stored;
+  } catch (error) {
+    state.done = state.done.filter((one) => one !== step);
+    $("undo").disabled = !state.done.length;
+    throw error;
+  }
   $("said").textContent = `${WORDS[label]}; ${state.counts.unlabelled} left`;
 }
 
@@ -216,6 +224,11 @@ async function undo() {
   const last = state.done.pop();
   $("undo").disabled = !state.done.length;
   if (!last) return;
+  try {
+    await last.stored;
+  } catch {
+    return; // there is nothing to undo, and that has been told
+  }
   const stored = put(last.card, last.before);
   activate(state.cards.indexOf(last.card));
   await stored;
