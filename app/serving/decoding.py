@@ -108,7 +108,7 @@ class Decoders:
             # Not held in the budget: it is one at a time, of some kilobytes.
             return load_accepted(data, tiny, preprocessing)
         decoded: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        decoding = self._start(
+        decoding = self.start(
             data,
             preprocessing,
             deadline=deadline,
@@ -147,39 +147,25 @@ class Decoders:
         except Exception as error:
             otherwise(_bare(error))
             return Decoding()
-        return self._start(data, preprocessing, deadline=deadline, then=then, otherwise=otherwise)
+        decoding = Decoding()
+
+        def begin() -> Tensor | None:
+            _check_deadline(deadline)
+            header = read_header(data, **self._limits)
+            scaled = preprocessing.scaled_pixels(header.width, header.height)
+            finish = partial(self._finish, data, header, preprocessing, deadline)
+            if max(header.pixels, scaled) <= LARGE_PIXELS:
+                return finish()
+            decoding.go_on(self._large, partial(_hand_on, finish, then, otherwise))
+            return None
+
+        decoding.go_on(self._small, partial(_hand_on, begin, then, otherwise))
+        return decoding
 
     def shutdown(self) -> None:
         """End the threads, once what they do is done."""
         self._small.shutdown()
         self._large.shutdown()
-
-    def _start(
-        self,
-        data: bytes,
-        preprocessing: Preprocessing,
-        *,
-        deadline: float,
-        then: Callable[[Tensor], None],
-        otherwise: Callable[[Exception], None],
-    ) -> Decoding:
-        decoding = Decoding()
-
-        def begin() -> None:
-            try:
-                _check_deadline(deadline)
-                header = read_header(data, **self._limits)
-                scaled = preprocessing.scaled_pixels(header.width, header.height)
-                finish = partial(self._finish, data, header, preprocessing, deadline)
-                if max(header.pixels, scaled) > LARGE_PIXELS:
-                    decoding.go_on(self._large, partial(_hand_on, finish, then, otherwise))
-                else:
-                    then(finish())
-            except Exception as error:
-                otherwise(_bare(error))
-
-        decoding.go_on(self._small, begin)
-        return decoding
 
     def _tiny(self, data: bytes, preprocessing: Preprocessing) -> ImageHeader | None:
         """The header of a tiny image."""
@@ -204,12 +190,14 @@ def _threads(count: int, name: str) -> ThreadPoolExecutor:
 
 
 def _hand_on(
-    make: Callable[[], Tensor],
+    make: Callable[[], Tensor | None],
     then: Callable[[Tensor], None],
     otherwise: Callable[[Exception], None],
 ) -> None:
+    """Hand on what was made, if this was the step that makes it, or why it was not."""
     try:
-        then(make())
+        if (image := make()) is not None:
+            then(image)
     except Exception as error:
         otherwise(_bare(error))
 
