@@ -1,6 +1,8 @@
 """The cores that this process may use, and what forward passes make of them."""
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
@@ -11,7 +13,7 @@ quarter more time an image, or more."""
 MOST_PASSES: Final = 2
 """Forward passes at once on the CPU."""
 _TINY_SIDE: Final = 64
-_TINY_IMAGES_BESIDE: Final = 8
+_LOWEST_PRIORITY: Final = 19
 
 
 def usable_cores() -> int:
@@ -31,19 +33,12 @@ def threads_a_pass(side: int) -> int:
 
     For tiny images one: to part and meet again would cost more than it gives.
     """
-    return 1 if side <= _TINY_SIDE else usable_cores()
+    return 1 if are_tiny(side) else usable_cores()
 
 
-def images_beside(side: int) -> int:
-    """The fewest square images of a request that are worth a pass beside another.
-
-    Where requests bring a few tiny ones each, the event loop needs the other core: to it, and to
-    its waiting for the interpreter's lock, a second pass would cost more than it gives.
-
-    Args:
-        side: of an image, in pixels.
-    """
-    return _TINY_IMAGES_BESIDE if side <= _TINY_SIDE else 1
+def are_tiny(side: int) -> bool:
+    """Whether square images of ``side`` pixels cost a network less than to share a pass of them."""
+    return side <= _TINY_SIDE
 
 
 def passes_at_once(threads: int) -> int:
@@ -65,6 +60,19 @@ def compute_patiently() -> None:
     with suppress(OSError):
         if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def compute_on_what_is_left() -> None:
+    """Let the calling thread have what others leave of the cores.
+
+    Linux's lowest priority: the event loop interrupts it at once. Elsewhere, and where it is
+    refused, this does nothing.
+    """
+    compute_patiently()
+    # Elsewhere threads have no priority of their own, or it has another scale.
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Final, Generic, Literal, TypeVar
 
 from app.errors import DeadlineExceededError, NotReadyError, QueueFullError
 from app.serving.deadlines import Deadlines
+from app.serving.sharing import Sharing
 from app.serving.stages import Interval, intervals
 
 Item = TypeVar("Item")
@@ -38,6 +39,8 @@ _WAITING_SHARE: Final = 0.5
 """Of the time to a deadline that waiting may take: the estimate errs, and a late answer is lost."""
 _BACKGROUND_BATCHES: Final = 4
 """Batches of background items that may wait."""
+_WORTH_A_PART: Final = 12
+"""Items that wait beside a batch under way, of which a spare thread may take a part."""
 
 
 class _Request(Generic[Result]):
@@ -122,7 +125,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Batch(Generic[Item, Result]):
-    """Items of one key, taken by a worker, which must end it with ``complete`` or ``fail``."""
+    """Items of one key; who took them must end it with ``complete`` or ``fail``, and take more."""
 
     key: Hashable
     items: Sequence[Item]
@@ -265,8 +268,7 @@ class Batcher(Generic[Item, Result]):
         max_wait_s: how long a free thread waits for a batch to fill; 0 never delays.
         batch_size_of: of items of that key, where it is smaller.
         batches_of: batches that one device may run at once while one of that key is among them.
-        least_beside: items of that key in one request that are worth a batch beside another; where
-            so many wait for each of two, they share what waits.
+        splits: whether a batch of that key may leave a part to a spare thread of the device.
         on_drop: told of items that left the queue unanswered.
         lag_s: how long an item has waited already when it is heard of.
         deadlines: shared with others; on that clock.
@@ -281,7 +283,7 @@ class Batcher(Generic[Item, Result]):
         max_wait_s: float = 0,
         batch_size_of: Callable[[Hashable], int] | None = None,
         batches_of: Callable[[Hashable, str], int] = lambda key, device: 1,
-        least_beside: Callable[[Hashable], int] = lambda key: 1,
+        splits: Callable[[Hashable, str], bool] = lambda key, device: False,
         on_drop: Callable[[DropReason, int], None] = lambda reason, count: None,
         lag_s: Callable[[], float] = lambda: 0.0,
         deadlines: Deadlines | None = None,
@@ -292,7 +294,7 @@ class Batcher(Generic[Item, Result]):
         self._max_wait_s = max_wait_s
         self._batch_size_of = batch_size_of or (lambda key: max_batch_size)
         self._batches_of = batches_of
-        self._least_beside = least_beside
+        self._splits = splits
         self._running: defaultdict[str, list[int]] = defaultdict(list)
         """Of each batch under way on a device, how many there may be beside it and with it."""
         self._idle: Counter[str] = Counter()
@@ -301,7 +303,14 @@ class Batcher(Generic[Item, Result]):
         self._lag_s = lag_s
         self._deadlines = deadlines or Deadlines(clock=clock)
         self._clock = clock
-        self._changed = threading.Condition()
+        self._spare_devices: set[str] = set()
+        """Of spare threads that wait."""
+        self._left: dict[str, tuple[_Lane, int]] = {}
+        """To spare threads that have not woken yet, by device: how many items of which lane."""
+        self._sharing: defaultdict[str, Sharing] = defaultdict(partial(Sharing, clock=clock))
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._is_left = threading.Condition(lock)
         self._queues: dict[_Lane, deque[_Pending[Item, Result]]] = {}
         self._depths = {False: 0, True: 0}
         self._held = 0
@@ -422,19 +431,44 @@ class Batcher(Generic[Item, Result]):
                 # Before it gathers: another thread would else take its place.
                 self._running[device].append(batches)
                 self._wait_for_company(lane)
-                if self._may_run(lane, device) and (taken := self._pop(lane, device)):
+                if taken := self._pop(lane, self._share(lane, device)):
                     self._wake()
-                    mark = self._pace.take()
-                    return self._batch(lane, taken, partial(self._end, device, batches, mark))
+                    end = partial(self._end, device, batches, self._pace.take())
+                    return self._batch(lane, taken, end)
                 self._running[device].remove(batches)
                 # What this kept from its turn may have it now.
                 self._wake()
+
+    def take_part(self, device: str = "cpu") -> Batch[Item, Result] | None:
+        """What is left to a spare thread beside a batch under way; else as :meth:`take`.
+
+        Args:
+            device: that the calling thread, one for each device at most, runs parts on.
+        """
+        with self._changed:
+            while True:
+                self._spare_devices.add(device)
+                self._is_left.wait_for(lambda: self._part(device) or self._is_over())
+                self._spare_devices.discard(device)
+                if not (part := self._part(device)):
+                    return None
+                self._left.pop(device, None)
+                lane, size = part
+                if taken := self._pop(lane, size):
+                    end = partial(
+                        self._end_part,
+                        device,
+                        self._pace.take(),
+                        self._clock(),
+                        time.thread_time(),
+                    )
+                    return self._batch(lane, taken, end)
 
     def close(self) -> None:
         """Refuse new items; what was accepted is still handed out."""
         with self._changed:
             self._is_closed = True
-            self._changed.notify_all()
+            self._wake()
 
     def _request(
         self, size: int, *, deadline: float, kept: list[Interval] | None
@@ -471,32 +505,24 @@ class Batcher(Generic[Item, Result]):
 
         If it may not, nothing goes before it: it would wait for ever where others come and go.
         """
-        lane = min(
+        lane, running = self._first_lane(), self._running[device]
+        if lane is None or not running:
+            return lane
+        most = min(self._batches_of(lane.key, device), *running)
+        return lane if not lane.is_background and len(running) < most else None
+
+    def _first_lane(self) -> _Lane | None:
+        return min(
             self._queues,
             key=lambda lane: (lane.is_background, self._queues[lane][0].arrived),
             default=None,
         )
-        running = self._running[device]
-        if lane is None or not running:
-            return lane
-        most = min(self._batches_of(lane.key, device), *running)
-        is_worth_it = not lane.is_background and self._are_worth_company(lane, batches=1)
-        return lane if is_worth_it and len(running) < most else None
-
-    def _may_run(self, lane: _Lane, device: str) -> bool:
-        """Whether what has gathered is still worth a batch, which is the device's latest."""
-        if lane not in self._queues:
-            return False
-        return len(self._running[device]) == 1 or self._are_worth_company(lane, batches=1)
-
-    def _are_worth_company(self, lane: _Lane, *, batches: int) -> bool:
-        """Whether what waits is worth so many batches beside each other."""
-        queue, least = self._queues[lane], self._least_beside(lane.key)
-        return queue[0].request.size >= least and len(queue) >= batches * least
 
     def _wake(self) -> None:
         """Tell the threads that wait for work, where there is some for them."""
         devices = [device for device, idle in self._idle.items() if idle]
+        if self._is_closed or any(map(self._part, self._spare_devices)):
+            self._is_left.notify_all()
         if self._gathering or self._is_closed:
             self._changed.notify_all()
         elif any(self._next_lane(device) for device in devices):
@@ -520,7 +546,7 @@ class Batcher(Generic[Item, Result]):
         self._pace.drop(held.count)
         held.count = 0
         if self._is_finished():
-            self._changed.notify_all()
+            self._wake()
 
     def _enqueue(
         self,
@@ -587,13 +613,12 @@ class Batcher(Generic[Item, Result]):
         )
         self._gathering -= 1
 
-    def _pop(self, lane: _Lane, device: str) -> list[_Pending[Item, Result]]:
-        """Up to a batch of the items of a lane that somebody still waits for."""
+    def _pop(self, lane: _Lane, size: int) -> list[_Pending[Item, Result]]:
+        """Up to ``size`` of the items of a lane that somebody still waits for."""
         queue = self._queues.get(lane, deque())
         taken: list[_Pending[Item, Result]] = []
         now, expired, gone = self._clock(), 0, 0
-        batch_size = self._share(lane, device)
-        while queue and len(taken) < batch_size:
+        while queue and len(taken) < size:
             pending = queue.popleft()
             if pending.request.deadline <= now:
                 expired += 1
@@ -609,16 +634,28 @@ class Batcher(Generic[Item, Result]):
         return taken
 
     def _share(self, lane: _Lane, device: str) -> int:
-        """The most items of the batch that is about to be taken, the device's latest."""
-        batch_size, running = self._batch_size(lane), self._running[device]
-        may_be_shared = self._least_beside(lane.key) > 1 and len(running) < min(running)
-        if may_be_shared and self._are_worth_company(lane, batches=2):
-            queue = self._queues[lane]
-            half = math.ceil(len(queue) / 2)
-            # The other half must begin with a request that is worth it, too.
-            if queue[half].request.size >= self._least_beside(lane.key):
-                return min(batch_size, half)
-        return batch_size
+        """The most items of the batch that is about to be taken, but for what is left."""
+        size = min(self._batch_size(lane), len(self._queues.get(lane, ())))
+        left = self._part_of(lane, device, size) if device in self._spare_devices else 0
+        self._left[device] = lane, left
+        return size - left
+
+    def _part(self, device: str) -> tuple[_Lane, int] | None:
+        """What a spare thread of the device may take now, and how many items of it."""
+        if not self._running[device]:
+            return None  # which would be all, and is for other threads
+        lane, size = self._left.get(device, (None, 0))
+        if lane not in self._queues or not size:
+            lane = self._first_lane()
+            if lane is None or len(self._queues[lane]) < _WORTH_A_PART:
+                return None
+            size = self._part_of(lane, device, len(self._queues[lane]))
+        return (lane, size) if lane is not None and size else None
+
+    def _part_of(self, lane: _Lane, device: str, size: int) -> int:
+        if lane.is_background or not self._splits(lane.key, device):
+            return 0
+        return self._sharing[device].part_of(min(size, self._batch_size(lane)))
 
     def _batch_size(self, lane: _Lane) -> int:
         return min(self._max_batch_size, self._batch_size_of(lane.key))
@@ -650,5 +687,19 @@ class Batcher(Generic[Item, Result]):
     def _end(self, device: str, batches: int, mark: _Mark | None, count: int) -> None:
         with self._changed:
             self._pace.end(count, mark)
+            # The thread that ends a batch takes the next one, and then wakes others: to wake one
+            # now would only make it wait for the lock.
             self._running[device].remove(batches)
-            self._wake()
+
+    def _end_part(
+        self,
+        device: str,
+        mark: _Mark | None,
+        started: float,
+        computed_before_s: float,
+        count: int,
+    ) -> None:
+        computed_s = time.thread_time() - computed_before_s
+        with self._changed:
+            self._pace.end(count, mark)
+            self._sharing[device].observe(self._clock() - started, computed_s=computed_s)

@@ -17,8 +17,8 @@ import torch
 
 from app.core.allocator import return_memory
 from app.core.cores import (
+    are_tiny,
     images_a_pass,
-    images_beside,
     passes_at_once,
     threads_a_pass,
     usable_cores,
@@ -56,8 +56,8 @@ class LoadedModel:
     drift: DriftMonitor
     batch_size: int
     """Most images in one forward pass."""
-    least_beside: int = 1
-    """Images in one request that are worth a pass beside another."""
+    are_tiny: bool = False
+    """Whether its images are so small that one pass at a time has a thread of its own."""
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
 
@@ -518,7 +518,7 @@ class ModelPool:
             ),
             drift=drift,
             batch_size=batch_size,
-            least_beside=images_beside(side),
+            are_tiny=are_tiny(side),
         )
 
     def _read(self, name: str, version: int, store: Store) -> LoadedBundle:

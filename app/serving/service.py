@@ -33,13 +33,15 @@ from app.serving.statistics import Step
 from app.serving.worker import (
     Detection,
     ImageBatcher,
+    SpareWorker,
     Work,
     Worker,
     batch_size_of,
     batches_of,
     compute_on,
     device_names,
-    least_beside,
+    has_spare,
+    splits,
     threads_of,
 )
 from app.settings import Settings
@@ -85,7 +87,7 @@ class ScoringService:
             max_wait_s=settings.max_wait_ms / 1000,
             batch_size_of=batch_size_of,
             batches_of=batches_of,
-            least_beside=least_beside,
+            splits=splits,
             on_drop=self._count_dropped,
             lag_s=lambda: self._lag.seconds,
             deadlines=self.deadlines,
@@ -100,6 +102,9 @@ class ScoringService:
             Worker(device, self._batcher, metrics, number=number)
             for device in devices
             for number in range(threads_of(device))
+        ]
+        self._workers += [
+            SpareWorker(device, self._batcher, metrics) for device in devices if has_spare(device)
         ]
         self._decoders = Decoders(settings, self.budget)
         self._background: set[asyncio.Task[None]] = set()

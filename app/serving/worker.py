@@ -13,7 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from app.core.cores import MOST_PASSES, compute_patiently, usable_cores
+from app.core.cores import (
+    MOST_PASSES,
+    compute_on_what_is_left,
+    compute_patiently,
+    usable_cores,
+)
 from app.core.detector import Detections, Verdict, Verdicts
 from app.errors import ForwardError, SettingsError
 from app.serving.batcher import Batch, Batcher
@@ -60,15 +65,15 @@ def batch_size_of(key: Hashable) -> int:
 
 
 def batches_of(key: Hashable, device: str) -> int:
-    """Most batches of that :class:`Work` at once on a device."""
+    """Most batches of that :class:`Work` at once on a device, parts of them aside."""
     assert isinstance(key, Work)
-    return key.model.detectors[device].passes
+    return 1 if key.model.are_tiny else key.model.detectors[device].passes
 
 
-def least_beside(key: Hashable) -> int:
-    """Images of that :class:`Work` in one request that are worth a batch beside another."""
+def splits(key: Hashable, device: str) -> bool:
+    """Whether a batch of that :class:`Work` may leave a part to a spare thread of a device."""
     assert isinstance(key, Work)
-    return key.model.least_beside
+    return key.model.are_tiny and key.model.detectors[device].passes > 1
 
 
 ImageBatcher = Batcher[Tensor, Detection]
@@ -109,14 +114,20 @@ class Worker:
         is_stuck = since is not None and time.monotonic() - since > heartbeat_s
         return self._thread.is_alive() and not is_stuck
 
-    def _run(self) -> None:
+    def _begin(self) -> None:
         compute_patiently()
+
+    def _take(self) -> Batch[Tensor, Detection] | None:
+        return self._batcher.take(self._device)
+
+    def _run(self) -> None:
+        self._begin()
         # No batch may outlive its turn: it would keep a model that was let go in memory.
         while self._answer_next():
             pass
 
     def _answer_next(self) -> bool:
-        batch = self._batcher.take(self._device)
+        batch = self._take()
         if batch is None:
             return False
         with self._busy():
@@ -156,6 +167,23 @@ class Worker:
         return _each(verdicts)
 
 
+class SpareWorker(Worker):
+    """Takes parts of batches, and runs them on what the others leave of the cores.
+
+    Of tiny images one thread computes, and the event loop has about as much to do for each as the
+    network: a second such thread costs it more than it gives, one that gives way does not.
+    """
+
+    def __init__(self, device: str, batcher: ImageBatcher, metrics: Metrics) -> None:
+        super().__init__(device, batcher, metrics, number=threads_of(device))
+
+    def _begin(self) -> None:
+        compute_on_what_is_left()
+
+    def _take(self) -> Batch[Tensor, Detection] | None:
+        return self._batcher.take_part(self._device)
+
+
 def compute_on(threads: int | None) -> None:
     """Spread torch's forward passes on the CPU over so many threads; all cores but one by default.
 
@@ -168,6 +196,11 @@ def compute_on(threads: int | None) -> None:
 def threads_of(device: str) -> int:
     """How many workers a device should have; a GPU runs one batch after the other anyway."""
     return MOST_PASSES if device == "cpu" else 1
+
+
+def has_spare(device: str) -> bool:
+    """Whether a device should have a :class:`SpareWorker`."""
+    return device == "cpu"
 
 
 def device_names(setting: str) -> Sequence[str]:

@@ -51,8 +51,11 @@ class Doubler:
 
     def _run(self) -> None:
         self._may_run.wait(DEADLINE_S)
-        while (batch := self._batcher.take()) is not None:
+        while (batch := self._take()) is not None:
             self._answer(batch)
+
+    def _take(self) -> Batch[int, int] | None:
+        return self._batcher.take()
 
     def _answer(self, batch: Batch[int, int]) -> None:
         self.batches.append(list(batch.items))
@@ -543,63 +546,134 @@ def test_two_batches_at_once_where_the_key_allows_it() -> None:
     run(scenario())
 
 
-def test_a_request_with_many_small_items_is_shared_by_two_batches() -> None:
-    """Each of two threads takes half of it, where half is worth a batch."""
+class Spare(Doubler):
+    """A spare thread that doubles numbers."""
+
+    def _take(self) -> Batch[int, int] | None:
+        return self._batcher.take_part()
+
+
+async def spare_waits(batcher: Numbers) -> None:
+    """Return once a spare thread waits."""
+    await until(lambda: batcher._spare_devices == {"cpu"})
+
+
+def splitting(**options: Any) -> Numbers:
+    """A batcher of batches of 32 whose parts may be left to a spare thread."""
+    return numbers(max_batch_size=32, splits=lambda key, device: key != "whole", **options)
+
+
+def test_a_part_of_a_batch_is_left_to_a_spare_thread() -> None:
+    """It takes the last of the items, a few at first, and all are answered."""
 
     async def scenario() -> None:
-        batcher = numbers(
-            max_batch_size=8, batches_of=lambda key, device: 2, least_beside=lambda key: 2
-        )
-        many = asyncio.ensure_future(batcher.submit("key", list(range(5))))
-        await until(lambda: batcher.depth == 5)
-        halves = [batcher.take(), batcher.take()]
-        for batch in halves:
+        batcher = splitting()
+        with Spare(batcher).working() as spare:
+            await spare_waits(batcher)
+            many = asyncio.ensure_future(batcher.submit("key", list(range(10))))
+            await until(lambda: batcher.depth == 10)
+            batch = batcher.take()
             assert batch is not None
+            assert list(batch.items) == list(range(8))
+            assert not batch.is_alone
+            await until(lambda: spare.batches == [[8, 9]])
             batch.complete([2 * item for item in batch.items])
-        assert [len(batch.items) for batch in halves if batch is not None] == [3, 2]
-        assert await many == [0, 2, 4, 6, 8]
+            assert await many == [2 * item for item in range(10)]
 
     run(scenario())
 
 
-def test_a_half_that_is_not_worth_a_batch_is_not_left_behind() -> None:
-    """What follows a request with many items are single ones: they travel with it."""
+def test_a_spare_thread_takes_nothing_where_nothing_else_runs() -> None:
+    """A batch is begun by another thread, however many items wait."""
 
     async def scenario() -> None:
-        batcher = numbers(
-            max_batch_size=8, batches_of=lambda key, device: 2, least_beside=lambda key: 2
-        )
-        many = asyncio.ensure_future(batcher.submit("key", [1, 2]))
-        await until(lambda: batcher.depth == 2)
-        waiting = await requests(batcher, 2)
-        await until(lambda: batcher.depth == 4)
+        batcher = splitting()
+        with Spare(batcher).working() as spare:
+            waiting = await requests(batcher, 20)
+            await asyncio.sleep(0.05)
+            assert spare.batches == []
+            with Doubler(batcher).working():
+                assert await asyncio.gather(*waiting) == [[2 * i] for i in range(20)]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("more", "part"), [(11, []), (12, [20, 21])])
+def test_a_spare_thread_takes_a_part_of_what_comes_while_a_batch_runs(
+    more: int, part: list[int]
+) -> None:
+    """Where so much waits that it is worth it."""
+
+    async def scenario() -> None:
+        batcher = splitting()
+        first = asyncio.ensure_future(batcher.submit("key", list(range(20))))
+        await until(lambda: batcher.depth == 20)
         batch = batcher.take()
         assert batch is not None
-        assert list(batch.items) == [1, 2, 0, 1]
-        batch.complete([2 * item for item in batch.items])
-        assert [await many, *await asyncio.gather(*waiting)] == [[2, 4], [0], [2]]
+        assert len(batch.items) == 20, "no spare thread waits yet"
+        with Spare(batcher).working() as spare:
+            later = asyncio.ensure_future(batcher.submit("key", list(range(20, 20 + more))))
+            await until(lambda: batcher.depth == more - len(part))
+            await asyncio.sleep(0.05)
+            assert spare.batches == ([part] if part else [])
+            batch.complete([2 * item for item in batch.items])
+            with Doubler(batcher).working():
+                assert await first == [2 * item for item in range(20)]
+                assert await later == [2 * item for item in range(20, 20 + more)]
 
     run(scenario())
 
 
-def test_small_items_of_many_requests_are_no_work_for_two() -> None:
-    """They travel together, and those that come later wait, however many they are."""
+def test_what_may_not_be_split_is_left_to_nobody() -> None:
+    """Neither by its key, nor what is for the background; nor by what came after it."""
 
     async def scenario() -> None:
-        batcher = numbers(
-            max_batch_size=8, batches_of=lambda key, device: 2, least_beside=lambda key: 2
-        )
-        waiting = await requests(batcher, 5)
-        first = batcher.take()
-        assert first is not None
-        assert len(first.items) == 5
-        later = await requests(batcher, 5)
-        with Doubler(batcher).working() as second:
-            await asyncio.sleep(0.05)
-            assert second.batches == []
-            first.complete([2 * item for item in first.items])
-            assert await asyncio.gather(*waiting, *later) == 2 * [[2 * i] for i in range(5)]
-            assert second.batches == [[0, 1, 2, 3, 4]]
+        batcher = splitting()
+        with Spare(batcher).working() as spare:
+            await spare_waits(batcher)
+            whole = asyncio.ensure_future(batcher.submit("whole", list(range(20))))
+            await until(lambda: batcher.depth == 20)
+            hidden = asyncio.ensure_future(
+                batcher.submit("key", list(range(20)), is_background=True)
+            )
+            split = asyncio.ensure_future(batcher.submit("key", list(range(20, 40))))
+            await until(lambda: batcher.depth == 40)
+            with Doubler(batcher).working() as worker:
+                assert await whole == await hidden == [2 * item for item in range(20)]
+                assert await split == [2 * item for item in range(20, 40)]
+            assert worker.batches[0] == list(range(20))
+            assert worker.batches[-1] == list(range(20))
+            assert all(item >= 20 for batch in spare.batches for item in batch)
+
+    run(scenario())
+
+
+def test_what_a_spare_thread_does_not_come_for_is_taken_by_the_others() -> None:
+    """It may get no core for long: what it has not taken is not bound to it."""
+
+    async def scenario() -> None:
+        batcher = splitting(queue_size=1000)
+        with Spare(batcher).working(), Doubler(batcher).working():
+            for _ in range(20):
+                many = [batcher.submit("key", list(range(10 + n))) for n in range(10)]
+                answers = await asyncio.gather(*many)
+                assert answers == [[2 * i for i in range(10 + n)] for n in range(10)]
+            assert batcher.depth == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("key", ["key", "whole"])
+def test_a_spare_thread_ends_with_the_batcher(key: str) -> None:
+    """What was accepted before is answered first."""
+
+    async def scenario() -> None:
+        batcher = splitting()
+        with Spare(batcher).working(), Doubler(batcher).working():
+            many = asyncio.ensure_future(batcher.submit(key, list(range(40))))
+            await asyncio.sleep(0)
+            batcher.close()
+            assert await many == [2 * item for item in range(40)]
 
     run(scenario())
 
@@ -654,8 +728,8 @@ def test_the_background_waits_for_what_runs() -> None:
             assert await batcher.submit("key", [3]) == [6]
             assert doubler.batches == [[3]]
             first.complete([2])
-            answers = await asyncio.gather(live, shadow)
-            assert [*answers] == [[2], [4]]
+            with Doubler(batcher).working():  # who has ended a batch takes the next
+                assert [*await asyncio.gather(live, shadow)] == [[2], [4]]
 
     run(scenario())
 
