@@ -450,19 +450,10 @@ class Batcher(Generic[Item, Result]):
                 self._spare_devices.add(device)
                 self._is_left.wait_for(lambda: self._part(device) or self._is_over())
                 self._spare_devices.discard(device)
-                if not (part := self._part(device)):
+                if not self._part(device):
                     return None
-                self._left.pop(device, None)
-                lane, size = part
-                if taken := self._pop(lane, size):
-                    end = partial(
-                        self._end_part,
-                        device,
-                        self._pace.take(),
-                        self._clock(),
-                        time.thread_time(),
-                    )
-                    return self._batch(lane, taken, end)
+                if batch := self._pop_part(device):
+                    return batch
 
     def close(self) -> None:
         """Refuse new items; what was accepted is still handed out."""
@@ -637,20 +628,32 @@ class Batcher(Generic[Item, Result]):
         """The most items of the batch that is about to be taken, but for what is left."""
         size = min(self._batch_size(lane), len(self._queues.get(lane, ())))
         left = self._part_of(lane, device, size) if device in self._spare_devices else 0
-        self._left[device] = lane, left
+        self._left.pop(device, None)
+        if left:
+            self._left[device] = lane, left
         return size - left
+
+    def _pop_part(self, device: str) -> Batch[Item, Result] | None:
+        part = self._part(device)
+        assert part is not None, "nobody else takes it while the lock is held"
+        self._left.pop(device, None)
+        if not (taken := self._pop(*part)):
+            return None
+        started, computed_before_s = self._clock(), time.thread_time()
+        end = partial(self._end_part, device, self._pace.take(), started, computed_before_s)
+        return self._batch(part[0], taken, end)
 
     def _part(self, device: str) -> tuple[_Lane, int] | None:
         """What a spare thread of the device may take now, and how many items of it."""
         if not self._running[device]:
             return None  # which would be all, and is for other threads
-        lane, size = self._left.get(device, (None, 0))
-        if lane not in self._queues or not size:
-            lane = self._first_lane()
-            if lane is None or len(self._queues[lane]) < _WORTH_A_PART:
-                return None
-            size = self._part_of(lane, device, len(self._queues[lane]))
-        return (lane, size) if lane is not None and size else None
+        if part := self._left.get(device):
+            return part
+        lane = self._first_lane()
+        if lane is None or len(self._queues[lane]) < _WORTH_A_PART:
+            return None
+        size = self._part_of(lane, device, len(self._queues[lane]))
+        return (lane, size) if size else None
 
     def _part_of(self, lane: _Lane, device: str, size: int) -> int:
         if lane.is_background or not self._splits(lane.key, device):
@@ -663,8 +666,11 @@ class Batcher(Generic[Item, Result]):
     def _replace(self, lane: _Lane, queue: deque[_Pending[Item, Result]]) -> None:
         if queue:
             self._queues[lane] = queue
-        else:
-            self._queues.pop(lane, None)
+            return
+        self._queues.pop(lane, None)
+        # Its key may be all that holds a model which was let go.
+        for device in [device for device, (left, _) in self._left.items() if left == lane]:
+            del self._left[device]
 
     def _batch(
         self,

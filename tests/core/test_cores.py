@@ -3,11 +3,13 @@
 import errno
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from app.core.cores import (
+    compute_on_what_is_left,
     compute_patiently,
     images_a_pass,
     patient_threads,
@@ -56,3 +58,29 @@ def test_patient_threads() -> None:
     with patient_threads(), ThreadPoolExecutor(1) as pool:
         assert pool.submit(os.sched_getscheduler, 0).result() == os.SCHED_BATCH
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def priority() -> int:
+    """Of the calling thread; 19 is the lowest."""
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="elsewhere threads have no priority of their own")
+def test_what_is_left() -> None:
+    """The thread has the lowest priority, and no other has."""
+    before = priority()
+    with ThreadPoolExecutor(1, initializer=compute_on_what_is_left) as pool:
+        assert pool.submit(priority).result() == 19
+    assert priority() == before < 19
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="elsewhere threads have no priority of their own")
+def test_a_priority_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread computes all the same."""
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "refused")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    with ThreadPoolExecutor(1, initializer=compute_on_what_is_left) as pool:
+        assert pool.submit(priority).result() == priority()

@@ -18,7 +18,7 @@ from app.serving.batcher import Batcher
 from app.serving.metrics import Metrics
 from app.serving.pool import LoadedModel
 from app.serving.statistics import ModelStatistics
-from app.serving.worker import Work, Worker, compute_on, device_names
+from app.serving.worker import SpareWorker, Work, Worker, compute_on, device_names
 
 DEADLINE_S = 10
 IMAGE = torch.zeros(3, 2, 2, dtype=torch.uint8)
@@ -227,16 +227,20 @@ def test_a_waiting_worker_holds_no_model() -> None:
     """Once its last batch is answered, a worker keeps nothing of the model in memory."""
 
     async def scenario() -> None:
-        batcher: Batcher[Tensor, Any] = Batcher(max_batch_size=8, queue_size=8)
-        worker = Worker("cpu", batcher, Metrics())
-        worker.start()
+        batcher: Batcher[Tensor, Any] = Batcher(
+            max_batch_size=8, queue_size=8, splits=lambda key, device: True
+        )
+        workers = [Worker("cpu", batcher, Metrics()), SpareWorker("cpu", batcher, Metrics())]
+        for worker in workers:
+            worker.start()
         model = model_of(cpu=OneDetector())
         gone = weakref.ref(model)
-        await batcher.submit(Work(model), [IMAGE])
+        await batcher.submit(Work(model), [IMAGE] * 8)
         del model
         await until(lambda: not gc.collect() and gone() is None)
         batcher.close()
-        worker.join()
+        for worker in workers:
+            worker.join()
 
     run(scenario())
 
