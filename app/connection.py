@@ -20,6 +20,8 @@ from app.api.problem_body import encode_problem
 from app.api.request_id import HEADER, new_request_id
 
 MAX_HEAD_BYTES: Final = 64 * 2**10
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""What uvicorn writes before the answer, where a client waits for leave to send its body."""
 _MAX_OFFERS: Final = 32
 """To upgrade, in what is read at once; each costs another pass over the rest of it."""
 
@@ -122,6 +124,8 @@ class Connection(HttpToolsProtocol):
                 # What is added to it is kept as it is; in uvicorn's array it would be copied, and
                 # again where it is taken out.
                 self.cycle.body = b""  # type: ignore[assignment]
+                if self.scope["method"] != "HEAD":  # whose answers are a head alone
+                    self.cycle.transport = _WholeAnswer(self.transport)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
@@ -220,6 +224,37 @@ class Connection(HttpToolsProtocol):
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+
+class _WholeAnswer:
+    """The transport of one answer, whose head leaves with the beginning of its body.
+
+    uvicorn writes them one after the other, and each write is a packet that both ends pay for. ASGI
+    lets a server keep the head until then.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head: bytes | None = None
+        self._has_begun = False
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the answer, or keep it if it is the head."""
+        if not self._has_begun and data != _CONTINUE:
+            self._head, self._has_begun = data, True
+            return
+        head, self._head = self._head, None
+        self._transport.write(data if head is None else head + data)
+
+    def close(self) -> None:
+        """Write what is kept, and close the connection."""
+        if self._head is not None:
+            self.write(b"")
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        """Whether it is closed, or about to be."""
+        return self._transport.is_closing()
 
 
 def _refusal(status: int, text: str) -> bytes:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Generic, Literal, TypeVar
+from typing import Final, Generic, Literal, NamedTuple, TypeVar
 
 from app.errors import DeadlineExceededError, NotReadyError, QueueFullError
 from app.serving.deadlines import Deadlines
@@ -98,16 +98,14 @@ class _Request(Generic[Result]):
         self._future = None
 
 
-@dataclass(frozen=True)
-class _Lane:
+class _Lane(NamedTuple):
     """Items that may share a batch; those in the background wait for all others."""
 
     is_background: bool
     key: Hashable
 
 
-@dataclass(frozen=True)
-class _Pending(Generic[Item, Result]):
+class _Pending(NamedTuple, Generic[Item, Result]):
     """One item on its way."""
 
     item: Item

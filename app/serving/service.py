@@ -6,8 +6,7 @@ import math
 import random
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
@@ -58,8 +57,7 @@ _LONGEST_PAUSE_S: Final = 10
 _MOST_DOUBLINGS: Final = 16
 
 
-@dataclass(frozen=True)
-class _Decoded:
+class _Decoded(NamedTuple):
     """An image ready for a network, or why it is not."""
 
     data: bytes

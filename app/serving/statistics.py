@@ -19,9 +19,19 @@ class Duration:
     count: int = 0
     seconds: float = 0
 
-    def plus(self, count: int, seconds: float) -> "Duration":
-        """With ``count`` more times that took ``seconds`` together."""
-        return Duration(self.count + count, self.seconds + seconds)
+
+class _Sum:
+    """A :class:`Duration` that grows: a new one for every request would cost more than the rest."""
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+
+    def add(self, count: int, seconds: float) -> None:
+        self.count += count
+        self.seconds += seconds
+
+    def now(self) -> Duration:
+        return Duration(self.count, self.seconds)
 
 
 @dataclass(frozen=True)
@@ -47,14 +57,14 @@ class ModelStatistics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._steps: defaultdict[Step, Duration] = defaultdict(Duration)
-        self._batches: defaultdict[int, Duration] = defaultdict(Duration)
+        self._steps = {step: _Sum() for step in STEPS}
+        self._batches: defaultdict[int, _Sum] = defaultdict(_Sum)
         self._last_s = 0.0
 
     def observe(self, step: Step, seconds: float, *, count: int = 1) -> None:
         """Take in that a step was taken ``count`` times, in ``seconds`` together."""
         with self._lock:
-            self._steps[step] = self._steps[step].plus(count, seconds)
+            self._steps[step].add(count, seconds)
 
     @contextmanager
     def timing(self, step: Step) -> Iterator[None]:
@@ -71,17 +81,17 @@ class ModelStatistics:
         self.observe("queue", sum(waits_s), count=size)
         self.observe("compute_infer", forward_s * size, count=size)
         with self._lock:
-            self._batches[size] = self._batches[size].plus(1, forward_s)
+            self._batches[size].add(1, forward_s)
             self._last_s = time.time()
 
     def totals(self) -> Totals:
         """The totals of now."""
         with self._lock:
-            batches = dict(sorted(self._batches.items()))
+            batches = {size: total.now() for size, total in sorted(self._batches.items())}
             return Totals(
                 images=sum(size * forward.count for size, forward in batches.items()),
                 batches=sum(forward.count for forward in batches.values()),
                 last_s=self._last_s,
-                steps={step: self._steps[step] for step in STEPS},
+                steps={step: total.now() for step, total in self._steps.items()},
                 forward_by_batch_size=batches,
             )

@@ -5,8 +5,7 @@ import threading
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +30,7 @@ _SMALL_BATCH_BYTES: Final = 2**20
 """Copied in about a tenth of a millisecond, while nothing else runs in the interpreter."""
 
 
-@dataclass(frozen=True)
-class Detection:
+class Detection(NamedTuple):
     """One image's share of :class:`Verdicts`, with its logits where they were asked for."""
 
     feature_norm: float
@@ -42,6 +40,8 @@ class Detection:
     threshold: float
     """The one the score was compared with."""
     logits: NDArray[np.float32] | None = None
+    prediction: tuple[int, float] | None = None
+    """Index of the largest logit, and its softmax; no number where a logit is infinite."""
 
     @property
     def is_ood(self) -> bool:
@@ -49,8 +49,7 @@ class Detection:
         return self.verdict == "ood"
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What is asked of a batch; the key that batches are made by."""
 
     model: LoadedModel
@@ -233,14 +232,25 @@ def _stacked(images: Sequence[Tensor]) -> Tensor:
 
 
 def _each(verdicts: Verdicts) -> list[Detection]:
-    logits = verdicts.logits if isinstance(verdicts, Detections) else [None] * len(verdicts.scores)
+    nothing = [None] * len(verdicts.scores)
+    logits = verdicts.logits if isinstance(verdicts, Detections) else None
     columns = zip(
         verdicts.feature_norms.tolist(),
         verdicts.scores.tolist(),
         verdicts.p_values.tolist(),
         verdicts.verdicts,
         verdicts.thresholds.tolist(),
-        logits,
+        nothing if logits is None else logits,
+        nothing if logits is None else _predictions(logits),
         strict=True,
     )
     return [Detection(*row) for row in columns]
+
+
+def _predictions(logits: NDArray[np.float32]) -> list[tuple[int, float]]:
+    """The most probable label of each image and its probability; of all at once."""
+    best = logits.argmax(axis=1)
+    largest = logits[np.arange(len(best)), best]
+    with np.errstate(invalid="ignore"):
+        exponentials = np.exp(logits.astype(np.float64) - largest[:, None])
+    return list(zip(best.tolist(), (1 / exponentials.sum(axis=1)).tolist(), strict=True))

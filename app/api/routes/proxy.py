@@ -99,6 +99,8 @@ class _Relay(Response):
                     "headers": self.raw_headers,
                 }
             )
+            # The head does not wait for the first part of what may be a slow stream.
+            await send({"type": "http.response.body", "body": b"", "more_body": True})
             async for chunk in self._answer.chunks():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         finally:

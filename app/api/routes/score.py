@@ -7,7 +7,6 @@ from typing import Annotated, Any, Final
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
-from numpy.typing import NDArray
 from pydantic_core import to_json
 
 from app.api.access_log import describe_results
@@ -104,28 +103,26 @@ def _as_json(
         "score": result.score,
         "threshold": result.threshold,
         "p_value": result.p_value,
-        "predictions": _top_predictions(_logits(result), model.bundle.labels, top_k=top_k),
+        "predictions": _top_predictions(result, model.bundle.labels, top_k=top_k),
         "error": None,
     }
 
 
-def _logits(detection: Detection) -> NDArray[np.float32]:
-    assert detection.logits is not None, "only a gate's detection is without logits"
-    return detection.logits
-
-
 def _top_predictions(
-    logits: NDArray[np.float32], labels: Sequence[str], *, top_k: int
+    detection: Detection, labels: Sequence[str], *, top_k: int
 ) -> list[dict[str, Any]]:
     if top_k == 0:
         return []
-    first = int(logits.argmax())
-    if not math.isfinite(logits[first]):
+    assert detection.prediction is not None, "only a gate's detection is without one"
+    first, probability = detection.prediction
+    if not math.isfinite(probability):
         raise ForwardError("the network gave logits that are not finite")
-    exponentials = np.exp(logits.astype(np.float64) - logits[first])
-    total = float(exponentials.sum())
-    best = [first] if top_k == 1 else np.argsort(-logits, kind="stable")[:top_k].tolist()
-    return [
-        {"label": labels[i], "index": i, "probability": float(exponentials[i]) / total}
-        for i in best
-    ]
+    best = [(first, probability)] if top_k == 1 else _most_probable(detection, top_k=top_k)
+    return [{"label": labels[i], "index": i, "probability": share} for i, share in best]
+
+
+def _most_probable(detection: Detection, *, top_k: int) -> list[tuple[int, float]]:
+    assert detection.logits is not None, "what has a prediction has them"
+    best = np.argsort(-detection.logits, kind="stable")[:top_k]
+    exponentials = np.exp(detection.logits.astype(np.float64) - detection.logits[best[0]])
+    return list(zip(best.tolist(), (exponentials[best] / exponentials.sum()).tolist(), strict=True))
