@@ -31,7 +31,8 @@ LEFT: Final = threading.Event()
 async def echo(scope: Any, receive: Any, send: Any) -> None:
     """An application that answers with what it was asked; it refuses ``/early`` unread.
 
-    On ``/wait`` it waits until the connection tells that the client has left.
+    On ``/wait`` it waits until the connection tells that the client has left; on ``/broken`` it
+    fails after the head, and on ``/parts`` it answers in two.
     """
     if scope["path"] == "/wait":
         left = asyncio.Event()
@@ -51,6 +52,11 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     )
     headers = [(b"content-length", b"%d" % len(text))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
+    if scope["path"] == "/broken":
+        raise RuntimeError
+    if scope["path"] == "/parts":
+        await send({"type": "http.response.body", "body": text[:4], "more_body": True})
+        text = text[4:]
     await send({"type": "http.response.body", "body": text})
 
 
@@ -65,13 +71,33 @@ class FullAtOneDoor:
 
 
 class Guarded(Connection):
-    """A connection that asks the door."""
+    """A connection that asks the door, and notes what is written."""
 
     made: ClassVar[list[weakref.ref[Connection]]] = []
+    writes: ClassVar[list[bytes]] = []
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(door=FullAtOneDoor(), **settings)  # type: ignore[arg-type]
         self.made.append(weakref.ref(self))
+
+    def connection_made(self, transport: Any) -> None:
+        """A client has connected."""
+        super().connection_made(Noting(transport, self.writes))
+
+
+class Noting:
+    """A transport that notes what is written."""
+
+    def __init__(self, transport: Any, writes: list[bytes]) -> None:
+        self._transport, self._writes = transport, writes
+
+    def write(self, data: bytes) -> None:
+        """Note and write."""
+        self._writes.append(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +165,51 @@ def test_bodies_come_whole(client: socket.socket) -> None:
         b"POST /a 2 headers, body abc",
         b"GET /z 1 headers, body ",
     ]
+
+
+@pytest.mark.parametrize(
+    ("target", "writes"),
+    [
+        pytest.param(b"POST /a", [(b"HTTP/1.1 200", b"body abc")], id="whole"),
+        pytest.param(
+            b"POST /parts",
+            [(b"HTTP/1.1 200", b"\r\n\r\nPOST"), (b" /parts", b"body abc")],
+            id="parts",
+        ),
+        pytest.param(b"HEAD /a", [(b"HTTP/1.1 200", b"\r\n\r\n")], id="head alone"),
+    ],
+)
+def test_a_head_leaves_with_its_body(
+    client: socket.socket, target: bytes, writes: list[tuple[bytes, bytes]]
+) -> None:
+    """In one packet, or with the first part of it; the answer to HEAD is all head."""
+    Guarded.writes.clear()
+    client.sendall(target + b" HTTP/1.1\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc")
+    whole = received(client)
+
+    assert b"".join(Guarded.writes) == whole
+    for written, (beginning, end) in zip(Guarded.writes, writes, strict=True):
+        assert written.startswith(beginning)
+        assert written.endswith(end)
+
+
+def test_leave_to_send_a_body_comes_before_the_answer(client: socket.socket) -> None:
+    """Nobody would send the body else."""
+    client.sendall(POST + b"Expect: 100-continue\r\nConnection: close\r\nContent-Length: 3\r\n\r\n")
+    assert client.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.sendall(b"abc")
+    answer = received(client)
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answer.endswith(b"body abc")
+
+
+def test_an_answer_that_breaks_off_has_a_head(client: socket.socket) -> None:
+    """The client sees that its end is missing, as with other servers."""
+    client.sendall(b"POST /broken HTTP/1.1\r\n" + LENGTH + b"abc")
+    head, _, body = received(client).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"content-length: " in head
+    assert body == b""
 
 
 @pytest.mark.parametrize(

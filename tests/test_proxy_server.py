@@ -248,6 +248,23 @@ def test_streams_the_answer(relay: tuple[FakeUpstream, Server]) -> None:
         assert b"".join(chunks) == b"dog"
 
 
+@pytest.mark.parametrize("framing", [b"Transfer-Encoding: chunked", b"Content-Length: 3"])
+def test_the_head_does_not_wait(relay: tuple[FakeUpstream, Server], framing: bytes) -> None:
+    """It arrives while the upstream has not begun with the body."""
+    fake, server = relay
+    arrived = threading.Event()
+
+    def answer(connection: socket.socket, _: Received) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n\r\n")
+        assert arrived.wait(START_S)
+        connection.shutdown(socket.SHUT_RDWR)
+
+    fake.answer = answer
+    with httpx.stream("GET", f"{server.url}/v1/proxy/stream", timeout=START_S) as response:
+        arrived.set()
+        assert response.status_code == 200
+
+
 @pytest.mark.parametrize(
     "head", [b"Transfer-Encoding: chunked\r\n\r\n3\r\ncat\r\n", b"Content-Length: 9\r\n\r\ncat"]
 )
