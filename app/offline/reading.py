@@ -35,14 +35,6 @@ ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
-class LoadedFile:
-    """A file's digest, and its image or why there is none."""
-
-    digest: bytes
-    image: Tensor | str
-
-
-@dataclass(frozen=True)
 class Findings:
     """What reading some images told beside the images.
 
@@ -58,11 +50,15 @@ class Findings:
 class Batch:
     """Images that are one forward pass, wherever it is made.
 
-    ``positions`` are those in the source, the unreadable images' included.
+    Args:
+        positions: in the source, the unreadable images' included.
+        images: the readable ones, ``[B, 3, crop, crop]`` uint8.
+        findings: what reading them told.
     """
 
     positions: range
-    loaded: Sequence[LoadedFile]
+    images: Tensor
+    findings: Findings
 
     @property
     def files(self) -> int:
@@ -72,29 +68,7 @@ class Batch:
     @property
     def indices(self) -> list[int]:
         """The positions of the readable images."""
-        return [
-            position
-            for position, one in zip(self.positions, self.loaded, strict=True)
-            if isinstance(one.image, Tensor)
-        ]
-
-    @property
-    def images(self) -> Tensor:
-        """The readable images, ``[B, 3, crop, crop]`` uint8."""
-        images = [one.image for one in self.loaded if isinstance(one.image, Tensor)]
-        return torch.stack(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
-
-    @property
-    def findings(self) -> Findings:
-        """What reading it told."""
-        return Findings(
-            digests=[one.digest for one in self.loaded],
-            reasons={
-                position: one.image
-                for position, one in zip(self.positions, self.loaded, strict=True)
-                if isinstance(one.image, str)
-            },
-        )
+        return [one for one in self.positions if one not in self.findings.reasons]
 
 
 @dataclass(frozen=True)
@@ -124,7 +98,7 @@ class Reading:
         read = self.source.reader()
         pool = ThreadPoolExecutor(self._threads(), thread_name_prefix="decode")
         try:
-            pending: deque[tuple[range, list[Future[list[LoadedFile]]]]] = deque()
+            pending: deque[tuple[range, list[Future[Batch]]]] = deque()
             for batch in in_batches(positions, self.batch_size):
                 parts = in_batches(batch, self._images_a_job())
                 pending.append((batch, [pool.submit(self._load_all, read, part) for part in parts]))
@@ -142,20 +116,32 @@ class Reading:
     def _images_a_job(self) -> int:
         return max(1, min(_MOST_IMAGES_A_JOB, self.batch_size // self._threads()))
 
-    def _load_all(self, read: Reader, positions: range) -> list[LoadedFile]:
-        return [self._load(read, position) for position in positions]
+    def _load_all(self, read: Reader, positions: range) -> Batch:
+        # Joined here: each tensor that the network's thread lets go waits for the interpreter's
+        # lock.
+        images: list[Tensor] = []
+        digests: list[bytes] = []
+        reasons: dict[int, str] = {}
+        for position in positions:
+            digest, image = self._load(read, position)
+            digests.append(digest)
+            if isinstance(image, str):
+                reasons[position] = image
+            else:
+                images.append(image)
+        return Batch(positions, _stacked(images), Findings(digests, reasons))
 
-    def _load(self, read: Reader, position: int) -> LoadedFile:
-        """An image and its digest; what is wrong with it becomes the reason, not an error."""
+    def _load(self, read: Reader, position: int) -> tuple[bytes, Tensor | str]:
+        """A file's digest, and its image or what is wrong with it."""
         try:
             data = read(position)
         except OSError as error:
-            return LoadedFile(b"", error.strerror or type(error).__name__)
+            return b"", error.strerror or type(error).__name__
         digest = hashlib.sha256(data).digest()
         try:
-            return LoadedFile(digest, load(data, self.preprocessing, max_pixels=self.max_pixels))
+            return digest, load(data, self.preprocessing, max_pixels=self.max_pixels)
         except ImageError as error:
-            return LoadedFile(digest, str(error))
+            return digest, str(error)
 
 
 class Place(Protocol):
@@ -332,5 +318,18 @@ def tracked(
         progress(title, done=done, total=total)
 
 
-def _collected(positions: range, jobs: Sequence[Future[list[LoadedFile]]]) -> Batch:
-    return Batch(positions, [file for job in jobs for file in job.result()])
+def _collected(positions: range, jobs: Sequence[Future[Batch]]) -> Batch:
+    parts = [job.result() for job in jobs]
+    images = [part.images for part in parts if len(part.images)]
+    return Batch(
+        positions,
+        torch.cat(images) if images else _stacked([]),
+        Findings(
+            digests=[digest for part in parts for digest in part.findings.digests],
+            reasons=dict(item for part in parts for item in part.findings.reasons.items()),
+        ),
+    )
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(images)) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)

@@ -209,14 +209,15 @@ class RowWork:
     def __call__(self, batch: Batch) -> list[str]:
         """A line of the journal for each image."""
         scored = iter(self._scored(batch.images) if batch.indices else [])
+        reasons = batch.findings.reasons
         return [
             json.dumps(
                 dict.fromkeys(COLUMNS)
                 | {"file": _text(self.source.where(position))}
-                | (next(scored) if isinstance(one.image, Tensor) else {"error": one.image})
+                | ({"error": reasons[position]} if position in reasons else next(scored))
             )
             + "\n"
-            for position, one in zip(batch.positions, batch.loaded, strict=True)
+            for position in batch.positions
         ]
 
     @cached_property
