@@ -243,12 +243,15 @@ class _WholeAnswer:
         if not self._has_begun and data != _CONTINUE:
             self._head, self._has_begun = data, True
             return
-        head, self._head = self._head, None
-        self._transport.write(data if head is None else head + data)
+        if self._head is None:
+            self._transport.write(data)
+            return
+        self._transport.writelines((self._head, data))
+        self._head = None
 
     def close(self) -> None:
         """Write what is kept, and close the connection."""
-        if self._head is not None:
+        if self._head is not None and not self._transport.is_closing():
             self.write(b"")
         self._transport.close()
 

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from typing import Any, ClassVar, Final
 
@@ -95,6 +95,11 @@ class Noting:
         """Note and write."""
         self._writes.append(data)
         self._transport.write(data)
+
+    def writelines(self, parts: Sequence[bytes]) -> None:
+        """Note as one, and write."""
+        self._writes.append(b"".join(parts))
+        self._transport.writelines(parts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)

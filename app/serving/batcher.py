@@ -293,8 +293,9 @@ class Batcher(Generic[Item, Result]):
         self._batch_size_of = batch_size_of or (lambda key: max_batch_size)
         self._batches_of = batches_of
         self._splits = splits
-        self._running: defaultdict[str, list[int]] = defaultdict(list)
-        """Of each batch under way on a device, how many there may be beside it and with it."""
+        self._running: defaultdict[str, list[_Lane]] = defaultdict(list)
+        """Of the batches under way on a device, parts of them aside."""
+        self._running_parts: Counter[str] = Counter()
         self._idle: Counter[str] = Counter()
         self._gathering = 0
         self._on_drop = on_drop
@@ -305,7 +306,7 @@ class Batcher(Generic[Item, Result]):
         """Of spare threads that wait."""
         self._left: dict[str, tuple[_Lane, int]] = {}
         """To spare threads that have not woken yet, by device: how many items of which lane."""
-        self._sharing: defaultdict[str, Sharing] = defaultdict(partial(Sharing, clock=clock))
+        self._sharing: defaultdict[str, Sharing] = defaultdict(Sharing)
         lock = threading.RLock()
         self._changed = threading.Condition(lock)
         self._is_left = threading.Condition(lock)
@@ -425,20 +426,15 @@ class Batcher(Generic[Item, Result]):
                 lane = self._wait_for_turn(device)
                 if lane is None:
                     return None
-                batches = self._batches_of(lane.key, device)
-                # Before it gathers: another thread would else take its place.
-                self._running[device].append(batches)
-                self._wait_for_company(lane)
-                if taken := self._pop(lane, self._share(lane, device)):
-                    self._wake()
-                    end = partial(self._end, device, batches, self._pace.take())
-                    return self._batch(lane, taken, end)
-                self._running[device].remove(batches)
-                # What this kept from its turn may have it now.
-                self._wake()
+                if batch := self._pop_batch(lane, device):
+                    return batch
+                # It may be all that holds a model which was let go.
+                del lane
 
     def take_part(self, device: str = "cpu") -> Batch[Item, Result] | None:
-        """What is left to a spare thread beside a batch under way; else as :meth:`take`.
+        """A part of what there is for another batch beside one under way. Blocks.
+
+        None once the batcher is closed and empty.
 
         Args:
             device: that the calling thread, one for each device at most, runs parts on.
@@ -448,9 +444,7 @@ class Batcher(Generic[Item, Result]):
                 self._spare_devices.add(device)
                 self._is_left.wait_for(lambda: self._part(device) or self._is_over())
                 self._spare_devices.discard(device)
-                if not self._part(device):
-                    return None
-                if batch := self._pop_part(device):
+                if (batch := self._pop_part(device)) or self._is_over():
                     return batch
 
     def close(self) -> None:
@@ -496,8 +490,8 @@ class Batcher(Generic[Item, Result]):
         """
         lane, running = self._first_lane(), self._running[device]
         if lane is None or not running:
-            return lane
-        most = min(self._batches_of(lane.key, device), *running)
+            return None if lane and lane.is_background and self._running_parts[device] else lane
+        most = min(self._batches_of(other.key, device) for other in [lane, *running])
         return lane if not lane.is_background and len(running) < most else None
 
     def _first_lane(self) -> _Lane | None:
@@ -622,8 +616,20 @@ class Batcher(Generic[Item, Result]):
             self._on_drop("expired", expired)
         return taken
 
-    def _share(self, lane: _Lane, device: str) -> int:
-        """The most items of the batch that is about to be taken, but for what is left."""
+    def _pop_batch(self, lane: _Lane, device: str) -> Batch[Item, Result] | None:
+        # Before it gathers: another thread would else take its place.
+        self._running[device].append(lane)
+        self._wait_for_company(lane)
+        if taken := self._pop(lane, self._leave_part(lane, device)):
+            self._wake()
+            return self._batch(lane, taken, partial(self._end, device, lane, self._pace.take()))
+        self._running[device].remove(lane)
+        # What this kept from its turn may have it now.
+        self._wake()
+        return None
+
+    def _leave_part(self, lane: _Lane, device: str) -> int:
+        """Leave a part to a spare thread that waits for one; how many items the batch has then."""
         size = min(self._batch_size(lane), len(self._queues.get(lane, ())))
         left = self._part_of(lane, device, size) if device in self._spare_devices else 0
         self._left.pop(device, None)
@@ -632,19 +638,28 @@ class Batcher(Generic[Item, Result]):
         return size - left
 
     def _pop_part(self, device: str) -> Batch[Item, Result] | None:
-        part = self._part(device)
-        assert part is not None, "nobody else takes it while the lock is held"
-        self._left.pop(device, None)
-        if not (taken := self._pop(*part)):
+        if not (part := self._part(device)):
             return None
+        self._left.pop(device, None)
+        taken = self._pop(*part)
+        # What is first in the queue now may be something that another thread may run.
+        self._wake()
+        if not taken:
+            return None
+        self._running_parts[device] += 1
         started, computed_before_s = self._clock(), time.thread_time()
         end = partial(self._end_part, device, self._pace.take(), started, computed_before_s)
         return self._batch(part[0], taken, end)
 
     def _part(self, device: str) -> tuple[_Lane, int] | None:
-        """What a spare thread of the device may take now, and how many items of it."""
-        if not self._running[device]:
-            return None  # which would be all, and is for other threads
+        """What a spare thread of the device may take now, and how many items of it.
+
+        Only beside batches that may be split: others have all cores.
+        """
+        running = self._running[device]
+        is_beside = running and all(self._splits(lane.key, device) for lane in running)
+        if not is_beside or self._gathering:
+            return None
         if part := self._left.get(device):
             return part
         lane = self._first_lane()
@@ -688,12 +703,13 @@ class Batcher(Generic[Item, Result]):
             _on_end=on_end,
         )
 
-    def _end(self, device: str, batches: int, mark: _Mark | None, count: int) -> None:
+    def _end(self, device: str, lane: _Lane, mark: _Mark | None, count: int) -> None:
         with self._changed:
             self._pace.end(count, mark)
             # The thread that ends a batch takes the next one, and then wakes others: to wake one
             # now would only make it wait for the lock.
-            self._running[device].remove(batches)
+            self._running[device].remove(lane)
+            self._left.pop(device, None)
 
     def _end_part(
         self,
@@ -707,3 +723,6 @@ class Batcher(Generic[Item, Result]):
         with self._changed:
             self._pace.end(count, mark)
             self._sharing[device].observe(self._clock() - started, computed_s=computed_s)
+            self._running_parts[device] -= 1
+            if self._depths[True]:
+                self._wake()  # of which this thread takes nothing

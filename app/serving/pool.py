@@ -56,8 +56,8 @@ class LoadedModel:
     drift: DriftMonitor
     batch_size: int
     """Most images in one forward pass."""
-    are_tiny: bool = False
-    """Whether its images are so small that one pass at a time has a thread of its own."""
+    has_tiny_images: bool = False
+    """So small that threads do not share a pass."""
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
 
@@ -518,7 +518,7 @@ class ModelPool:
             ),
             drift=drift,
             batch_size=batch_size,
-            are_tiny=are_tiny(side),
+            has_tiny_images=are_tiny(side),
         )
 
     def _read(self, name: str, version: int, store: Store) -> LoadedBundle:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from app.core.cores import (
     MOST_PASSES,
-    compute_on_what_is_left,
+    compute_behind_others,
     compute_patiently,
     usable_cores,
 )
@@ -41,7 +41,7 @@ class Detection(NamedTuple):
     """The one the score was compared with."""
     logits: NDArray[np.float32] | None = None
     prediction: tuple[int, float] | None = None
-    """Index of the largest logit, and its softmax; no number where a logit is infinite."""
+    """Index of the largest logit, and its softmax; NaN where that is infinite, or any is NaN."""
 
     @property
     def is_ood(self) -> bool:
@@ -66,13 +66,13 @@ def batch_size_of(key: Hashable) -> int:
 def batches_of(key: Hashable, device: str) -> int:
     """Most batches of that :class:`Work` at once on a device, parts of them aside."""
     assert isinstance(key, Work)
-    return 1 if key.model.are_tiny else key.model.detectors[device].passes
+    return 1 if key.model.has_tiny_images else key.model.detectors[device].passes
 
 
 def splits(key: Hashable, device: str) -> bool:
     """Whether a batch of that :class:`Work` may leave a part to a spare thread of a device."""
     assert isinstance(key, Work)
-    return key.model.are_tiny and key.model.detectors[device].passes > 1
+    return key.model.has_tiny_images and key.model.detectors[device].passes > 1
 
 
 ImageBatcher = Batcher[Tensor, Detection]
@@ -167,17 +167,21 @@ class Worker:
 
 
 class SpareWorker(Worker):
-    """Takes parts of batches, and runs them on what the others leave of the cores.
+    """Takes parts of batches of tiny images, and gives way to the other threads.
 
-    Of tiny images one thread computes, and the event loop has about as much to do for each as the
-    network: a second such thread costs it more than it gives, one that gives way does not.
+    The event loop has about half as much to do for each as the network: a second thread for the
+    network takes more from it than it gives, unless it gives way.
     """
 
     def __init__(self, device: str, batcher: ImageBatcher, metrics: Metrics) -> None:
         super().__init__(device, batcher, metrics, number=threads_of(device))
 
+    def makes_progress(self, *, heartbeat_s: float) -> bool:
+        """Whether the thread lives: while it is busy, others take all there is."""
+        return self._thread.is_alive()
+
     def _begin(self) -> None:
-        compute_on_what_is_left()
+        compute_behind_others()
 
     def _take(self) -> Batch[Tensor, Detection] | None:
         return self._batcher.take_part(self._device)

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -547,10 +547,15 @@ def test_two_batches_at_once_where_the_key_allows_it() -> None:
 
 
 class Spare(Doubler):
-    """A spare thread that doubles numbers."""
+    """A spare thread that doubles numbers, as often as it is told to."""
+
+    def __init__(self, batcher: Numbers, *, times: int = 1000) -> None:
+        super().__init__(batcher)
+        self._times = times
 
     def _take(self) -> Batch[int, int] | None:
-        return self._batcher.take_part()
+        self._times -= 1
+        return self._batcher.take_part() if self._times >= 0 else None
 
 
 async def spare_waits(batcher: Numbers) -> None:
@@ -564,7 +569,7 @@ def splitting(**options: Any) -> Numbers:
 
 
 def test_a_part_of_a_batch_is_left_to_a_spare_thread() -> None:
-    """It takes the last of the items, a few at first, and all are answered."""
+    """It takes the last of the items, and all are answered."""
 
     async def scenario() -> None:
         batcher = splitting()
@@ -574,9 +579,9 @@ def test_a_part_of_a_batch_is_left_to_a_spare_thread() -> None:
             await until(lambda: batcher.depth == 10)
             batch = batcher.take()
             assert batch is not None
-            assert list(batch.items) == list(range(8))
+            assert list(batch.items) == list(range(6))
             assert not batch.is_alone
-            await until(lambda: spare.batches == [[8, 9]])
+            await until(lambda: spare.batches == [[6, 7, 8, 9]])
             batch.complete([2 * item for item in batch.items])
             assert await many == [2 * item for item in range(10)]
 
@@ -598,28 +603,49 @@ def test_a_spare_thread_takes_nothing_where_nothing_else_runs() -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize(("more", "part"), [(11, []), (12, [20, 21])])
+@pytest.mark.parametrize(("more", "part"), [(11, 0), (12, 5), (100, 13)])
+@pytest.mark.parametrize("running", ["key", "whole"])
 def test_a_spare_thread_takes_a_part_of_what_comes_while_a_batch_runs(
-    more: int, part: list[int]
+    running: str, more: int, part: int
 ) -> None:
-    """Where so much waits that it is worth it."""
+    """Where so much waits that it is worth it, and beside what leaves it a core."""
 
     async def scenario() -> None:
         batcher = splitting()
-        first = asyncio.ensure_future(batcher.submit("key", list(range(20))))
+        first = asyncio.ensure_future(batcher.submit(running, list(range(20))))
         await until(lambda: batcher.depth == 20)
         batch = batcher.take()
         assert batch is not None
         assert len(batch.items) == 20, "no spare thread waits yet"
-        with Spare(batcher).working() as spare:
+        expected = [list(range(20, 20 + part))] if part and running == "key" else []
+        with Spare(batcher, times=1).working() as spare:
             later = asyncio.ensure_future(batcher.submit("key", list(range(20, 20 + more))))
-            await until(lambda: batcher.depth == more - len(part))
+            await until(lambda: batcher.depth == more - sum(map(len, expected)))
             await asyncio.sleep(0.05)
-            assert spare.batches == ([part] if part else [])
+            assert spare.batches == expected
             batch.complete([2 * item for item in batch.items])
             with Doubler(batcher).working():
                 assert await first == [2 * item for item in range(20)]
                 assert await later == [2 * item for item in range(20, 20 + more)]
+
+    run(scenario())
+
+
+def test_nothing_is_taken_from_a_batch_that_gathers() -> None:
+    """It is to fill first."""
+
+    async def scenario() -> None:
+        batcher = splitting(max_wait_s=DEADLINE_S)
+        with Spare(batcher).working() as spare, Doubler(batcher).working() as worker:
+            await spare_waits(batcher)
+            first = asyncio.ensure_future(batcher.submit("key", list(range(16))))
+            await asyncio.sleep(0.05)
+            assert worker.batches == spare.batches == []
+            second = asyncio.ensure_future(batcher.submit("key", list(range(16, 32))))
+            await until(lambda: bool(worker.batches))
+            batcher.close()  # what is left need not wait for more
+            assert await first + await second == [2 * item for item in range(32)]
+        assert worker.batches[0] == list(range(19))
 
     run(scenario())
 
@@ -648,6 +674,34 @@ def test_what_may_not_be_split_is_left_to_nobody() -> None:
     run(scenario())
 
 
+def test_the_background_waits_for_a_part() -> None:
+    """It is not begun beside one, though the batch that the part was of has ended."""
+
+    async def scenario() -> None:
+        batcher = splitting()
+        parts: list[Batch[int, int] | None] = []
+        taking = threading.Thread(target=lambda: parts.append(batcher.take_part()))
+        taking.start()
+        await spare_waits(batcher)
+        live = asyncio.ensure_future(batcher.submit("key", list(range(10))))
+        await until(lambda: batcher.depth == 10)
+        batch = batcher.take()
+        assert batch is not None
+        await until(lambda: bool(parts))
+        hidden = asyncio.ensure_future(batcher.submit("key", [1], is_background=True))
+        batch.complete([2 * item for item in batch.items])
+        with Doubler(batcher).working() as worker:
+            await asyncio.sleep(0.05)
+            assert worker.batches == []
+            assert parts[0] is not None
+            await asyncio.to_thread(parts[0].complete, [2 * item for item in parts[0].items])
+            assert await hidden == [2]
+            assert await live == [2 * item for item in range(10)]
+        taking.join(DEADLINE_S)
+
+    run(scenario())
+
+
 def test_what_a_spare_thread_does_not_come_for_is_taken_by_the_others() -> None:
     """It may get no core for long: what it has not taken is not bound to it."""
 
@@ -665,15 +719,19 @@ def test_what_a_spare_thread_does_not_come_for_is_taken_by_the_others() -> None:
 
 @pytest.mark.parametrize("key", ["key", "whole"])
 def test_a_spare_thread_ends_with_the_batcher(key: str) -> None:
-    """What was accepted before is answered first."""
+    """What was accepted before is answered first, and every thread ends."""
 
     async def scenario() -> None:
-        batcher = splitting()
-        with Spare(batcher).working(), Doubler(batcher).working():
-            many = asyncio.ensure_future(batcher.submit(key, list(range(40))))
-            await asyncio.sleep(0)
-            batcher.close()
-            assert await many == [2 * item for item in range(40)]
+        for _ in range(20):
+            batcher = splitting()
+            workers = [Doubler(batcher), Doubler(batcher), Spare(batcher)]
+            with ExitStack() as stack:
+                for worker in workers:
+                    stack.enter_context(worker.working())
+                many = asyncio.ensure_future(batcher.submit(key, list(range(40))))
+                await asyncio.sleep(0)
+                batcher.close()
+                assert await many == [2 * item for item in range(40)]
 
     run(scenario())
 
