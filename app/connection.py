@@ -22,6 +22,7 @@ from app.api.request_id import HEADER, new_request_id
 MAX_HEAD_BYTES: Final = 64 * 2**10
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 """What uvicorn writes before the answer, where a client waits for leave to send its body."""
+_JOINED_BYTES: Final = 2**16
 _MAX_OFFERS: Final = 32
 """To upgrade, in what is read at once; each costs another pass over the rest of it."""
 
@@ -243,11 +244,13 @@ class _WholeAnswer:
         if not self._has_begun and data != _CONTINUE:
             self._head, self._has_begun = data, True
             return
-        if self._head is None:
-            self._transport.write(data)
-            return
-        self._transport.writelines((self._head, data))
-        self._head = None
+        if self._head is not None:
+            if len(data) <= _JOINED_BYTES:
+                data = self._head + data
+            else:  # to copy it would cost more than a packet
+                self._transport.write(self._head)
+            self._head = None
+        self._transport.write(data)
 
     def close(self) -> None:
         """Write what is kept, and close the connection."""

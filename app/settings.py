@@ -75,8 +75,8 @@ class Settings(BaseSettings):
         ge=1,
         le=1024,
         description="cores for forward passes on the CPU; two passes share them while there is "
-        "work for both, each on one with tiny images, with torch one pass has all; default: all, "
-        "all but one with torch",
+        "work for both, with tiny images one and a part of it, each on one; with torch one pass "
+        "has all; default: all, all but one with torch",
     )
     engine: Literal["auto", "torch", "onnxruntime"] = Field(
         "auto",

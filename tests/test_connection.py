@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from typing import Any, ClassVar, Final
 
@@ -95,11 +95,6 @@ class Noting:
         """Note and write."""
         self._writes.append(data)
         self._transport.write(data)
-
-    def writelines(self, parts: Sequence[bytes]) -> None:
-        """Note as one, and write."""
-        self._writes.append(b"".join(parts))
-        self._transport.writelines(parts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -196,6 +191,19 @@ def test_a_head_leaves_with_its_body(
     for written, (beginning, end) in zip(Guarded.writes, writes, strict=True):
         assert written.startswith(beginning)
         assert written.endswith(end)
+
+
+def test_a_large_body_is_not_copied_to_its_head(client: socket.socket) -> None:
+    """It is written as it is, right after."""
+    Guarded.writes.clear()
+    large = 100_000 * b"a"
+    head = b"POST /a HTTP/1.1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(large)
+    client.sendall(head + large)
+    whole = received(client)
+
+    assert b"".join(Guarded.writes) == whole
+    assert [written[:4] for written in Guarded.writes] == [b"HTTP", b"POST"]
+    assert whole.endswith(large)
 
 
 def test_leave_to_send_a_body_comes_before_the_answer(client: socket.socket) -> None:

@@ -67,7 +67,7 @@ def compute_behind_others() -> None:
 
     On Linux by a lower priority, with which it still has a quarter of a core that another thread
     wants. With the lowest it may be put aside for long while it holds the interpreter's lock, and
-    then all wait: p99 was 168 instead of 24 ms beside two processes that kept both cores busy.
+    then all wait.
     """
     compute_patiently()
     # Elsewhere threads have no priority of their own, or it has another scale.

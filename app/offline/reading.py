@@ -48,7 +48,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that are one forward pass, wherever it is made.
+    """Images that are one forward pass, wherever it is made, or a part of them.
 
     Args:
         positions: in the source, the unreadable images' included.

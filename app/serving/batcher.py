@@ -622,7 +622,8 @@ class Batcher(Generic[Item, Result]):
         self._wait_for_company(lane)
         if taken := self._pop(lane, self._leave_part(lane, device)):
             self._wake()
-            return self._batch(lane, taken, partial(self._end, device, lane, self._pace.take()))
+            end = partial(self._end, device, lane=lane, mark=self._pace.take())
+            return self._batch(lane, taken, end)
         self._running[device].remove(lane)
         # What this kept from its turn may have it now.
         self._wake()
@@ -647,8 +648,13 @@ class Batcher(Generic[Item, Result]):
         if not taken:
             return None
         self._running_parts[device] += 1
-        started, computed_before_s = self._clock(), time.thread_time()
-        end = partial(self._end_part, device, self._pace.take(), started, computed_before_s)
+        end = partial(
+            self._end_part,
+            device,
+            mark=self._pace.take(),
+            started=self._clock(),
+            computed_before_s=time.thread_time(),
+        )
         return self._batch(part[0], taken, end)
 
     def _part(self, device: str) -> tuple[_Lane, int] | None:
@@ -703,7 +709,7 @@ class Batcher(Generic[Item, Result]):
             _on_end=on_end,
         )
 
-    def _end(self, device: str, lane: _Lane, mark: _Mark | None, count: int) -> None:
+    def _end(self, device: str, count: int, *, lane: _Lane, mark: _Mark | None) -> None:
         with self._changed:
             self._pace.end(count, mark)
             # The thread that ends a batch takes the next one, and then wakes others: to wake one
@@ -714,10 +720,11 @@ class Batcher(Generic[Item, Result]):
     def _end_part(
         self,
         device: str,
+        count: int,
+        *,
         mark: _Mark | None,
         started: float,
         computed_before_s: float,
-        count: int,
     ) -> None:
         computed_s = time.thread_time() - computed_before_s
         with self._changed:

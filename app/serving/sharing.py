@@ -11,7 +11,7 @@ _LATEST_WEIGHT: Final = 0.25
 
 
 class Sharing:
-    """The part of a batch that is left to a spare thread: what takes it as long as the rest takes.
+    """The part of a batch that is left to a spare thread.
 
     What it has of a core changes with all that runs there, so that it is measured at every part.
     """

@@ -1,6 +1,7 @@
 """The threads that run the network, a few a device, all fed from one batcher."""
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Hashable, Iterator, Sequence
@@ -169,16 +170,12 @@ class Worker:
 class SpareWorker(Worker):
     """Takes parts of batches of tiny images, and gives way to the other threads.
 
-    The event loop has about half as much to do for each as the network: a second thread for the
+    The event loop has a good part as much to do for each as the network: a second thread for the
     network takes more from it than it gives, unless it gives way.
     """
 
     def __init__(self, device: str, batcher: ImageBatcher, metrics: Metrics) -> None:
         super().__init__(device, batcher, metrics, number=threads_of(device))
-
-    def makes_progress(self, *, heartbeat_s: float) -> bool:
-        """Whether the thread lives: while it is busy, others take all there is."""
-        return self._thread.is_alive()
 
     def _begin(self) -> None:
         compute_behind_others()
@@ -202,8 +199,8 @@ def threads_of(device: str) -> int:
 
 
 def has_spare(device: str) -> bool:
-    """Whether a device should have a :class:`SpareWorker`."""
-    return device == "cpu"
+    """Whether a device should have a :class:`SpareWorker`: where threads can give way."""
+    return device == "cpu" and sys.platform == "linux"
 
 
 def device_names(setting: str) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
@@ -18,7 +19,7 @@ from app.serving.batcher import Batcher
 from app.serving.metrics import Metrics
 from app.serving.pool import LoadedModel
 from app.serving.statistics import ModelStatistics
-from app.serving.worker import SpareWorker, Work, Worker, compute_on, device_names
+from app.serving.worker import SpareWorker, Work, Worker, compute_on, device_names, has_spare
 
 DEADLINE_S = 10
 IMAGE = torch.zeros(3, 2, 2, dtype=torch.uint8)
@@ -250,6 +251,18 @@ def test_devices_are_named() -> None:
     assert list(device_names("cpu")) == ["cpu"]
     with pytest.raises(SettingsError, match=r"cuda:99; this machine has \d+ GPUs"):
         device_names("cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("device", "platform", "has"),
+    [("cpu", "linux", True), ("cpu", "darwin", False), ("cuda:0", "linux", False)],
+)
+def test_a_spare_thread_is_where_threads_can_give_way(
+    monkeypatch: pytest.MonkeyPatch, device: str, platform: str, has: bool
+) -> None:
+    """Elsewhere it would take from the event loop more than it gives."""
+    monkeypatch.setattr(sys, "platform", platform)
+    assert has_spare(device) == has
 
 
 def test_a_core_is_left_to_the_event_loop() -> None:
