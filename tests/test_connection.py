@@ -193,6 +193,12 @@ def test_a_head_leaves_with_its_body(
         assert written.endswith(end)
 
 
+def test_the_answer_to_head_does_not_wait_for_a_body(client: socket.socket) -> None:
+    """It comes on a connection that is kept, too."""
+    client.sendall(b"HEAD /a HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc")
+    assert client.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
 def test_a_large_body_is_not_copied_to_its_head(client: socket.socket) -> None:
     """It is written as it is, right after."""
     Guarded.writes.clear()

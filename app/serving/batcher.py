@@ -685,11 +685,8 @@ class Batcher(Generic[Item, Result]):
     def _replace(self, lane: _Lane, queue: deque[_Pending[Item, Result]]) -> None:
         if queue:
             self._queues[lane] = queue
-            return
-        self._queues.pop(lane, None)
-        # Its key may be all that holds a model which was let go.
-        for device in [device for device, (left, _) in self._left.items() if left == lane]:
-            del self._left[device]
+        else:
+            self._queues.pop(lane, None)
 
     def _batch(
         self,
@@ -715,6 +712,7 @@ class Batcher(Generic[Item, Result]):
             # The thread that ends a batch takes the next one, and then wakes others: to wake one
             # now would only make it wait for the lock.
             self._running[device].remove(lane)
+            # Its key may be all that holds a model which was let go.
             self._left.pop(device, None)
 
     def _end_part(

@@ -1,8 +1,10 @@
 """The batcher: nothing waits without need, nothing is lost, nobody hurts a neighbour."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -698,6 +700,54 @@ def test_the_background_waits_for_a_part() -> None:
             assert await hidden == [2]
             assert await live == [2 * item for item in range(10)]
         taking.join(DEADLINE_S)
+
+    run(scenario())
+
+
+def test_what_was_left_holds_no_key() -> None:
+    """It may be a model's: a part that nobody came for keeps none in memory."""
+
+    class Key:
+        """A model stands for it."""
+
+    async def scenario() -> None:
+        batcher = splitting()
+        batcher._spare_devices.add("cpu")  # one waits, and does not wake
+        key = Key()
+        gone = weakref.ref(key)
+        many = asyncio.ensure_future(batcher.submit(key, list(range(10))))
+        await until(lambda: batcher.depth == 10)
+        batch = batcher.take()
+        assert batch is not None
+        many.cancel()
+        await asyncio.wait([many])
+        batch.complete([2 * item for item in batch.items])
+        await asyncio.sleep(0)
+        del batch, many, key
+        await until(lambda: not gc.collect() and gone() is None)
+
+    run(scenario())
+
+
+def test_the_last_part_ends_the_threads_that_wait() -> None:
+    """A closed batcher is empty once it is taken, and they are told."""
+
+    async def scenario() -> None:
+        batcher = splitting()
+        batcher._spare_devices.add("cpu")  # one waits, and has not woken yet
+        many = asyncio.ensure_future(batcher.submit("key", list(range(10))))
+        await until(lambda: batcher.depth == 10)
+        batch = batcher.take()
+        assert batch is not None
+        with Doubler(batcher).working() as worker:
+            batcher.close()
+            await asyncio.sleep(0.05)
+            part = batcher.take_part()
+            assert part is not None
+            await until(lambda: not worker._thread.is_alive())
+            for one in (batch, part):
+                one.complete([2 * item for item in one.items])
+            assert await many == [2 * item for item in range(10)]
 
     run(scenario())
 
