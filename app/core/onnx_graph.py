@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from app.core.blocks import Block, BlockNorms
 from app.core.images import Preprocessing
@@ -63,6 +64,9 @@ def export_graphs(
 class _Whole(nn.Module):
     """From uint8 images to all that a score needs."""
 
+    mean: Tensor
+    variance: Tensor
+
     def __init__(
         self, network: nn.Module, block: Block, preprocessing: Preprocessing, head: str | None
     ) -> None:
@@ -72,18 +76,21 @@ class _Whole(nn.Module):
         self._block = block
         self._head = head
         self._side = preprocessing.crop
-        self._preprocessing = preprocessing
+        device = next(network.parameters()).device
+        # Of uint8 pixels. A batch norm of them is the normalisation in one operator.
+        self.register_buffer("mean", 255 * torch.tensor(preprocessing.mean, device=device))
+        deviation = 255 * torch.tensor(preprocessing.std, device=device)
+        self.register_buffer("variance", deviation**2)
         self.eval()
 
     def example(self) -> Tensor:
         """Images to trace with."""
-        device = next(self.network.parameters()).device
         size = (_EXAMPLES, 3, self._side, self._side)
-        return torch.zeros(size, dtype=torch.uint8, device=device)
+        return torch.zeros(size, dtype=torch.uint8, device=self.mean.device)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """FeatureNorms, logits, and the head's input where it is wanted."""
-        inputs = self._preprocessing.normalise(images)
+        inputs = functional.batch_norm(images.float(), self.mean, self.variance, eps=0.0)
         if self._head is None:
             logits, norms = self._norms.run(inputs)
             return norms[self._block.name], logits
@@ -96,6 +103,7 @@ def _export(module: _Whole, *, has_features: bool) -> Any:
     try:
         # Not at the top: the exporter is an extra, and its import costs more than torch's.
         from onnxscript import optimizer
+        from onnxscript.rewriter import pattern
     except ModuleNotFoundError as error:
         raise NoEngineError(
             f"{error.name} is not installed: pip install 'normgate[export]'"
@@ -117,6 +125,7 @@ def _export(module: _Whole, *, has_features: bool) -> Any:
         # Only what hangs on no large weight. The exporter's own optimiser would fold batch norms
         # into changed copies of the weights; ONNX Runtime does that when it loads them.
         optimizer.fold_constants(program.model, should_fold=_may_fold)
+        pattern.RewriteRule(_length, _length_from_squares).apply_to_model(program.model)
         optimizer.remove_unused_nodes(program.model)
         return program.model_proto
     except Exception as error:  # the exporter's errors have no common class
@@ -129,6 +138,15 @@ def _export(module: _Whole, *, has_features: bool) -> Any:
 def _may_fold(node: Any) -> bool | None:
     # By default a linear layer's whole weight would be turned over and kept as a copy.
     return False if node.op_type == "Transpose" else None
+
+
+def _length(op: Any, values: Any, axes: Any) -> Any:
+    return op.ReduceL2(values, axes, keepdims=0)
+
+
+def _length_from_squares(op: Any, values: Any, axes: Any) -> Any:
+    """The same by operators that ONNX Runtime has vectorised: a third of the time."""
+    return op.Sqrt(op.ReduceSum(op.Mul(values, values), axes, keepdims=0))
 
 
 def _up_to(model: Any, output: str) -> Any:

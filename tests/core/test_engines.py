@@ -4,11 +4,13 @@ import copy
 import os
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -442,6 +444,15 @@ def test_a_graph_reads_no_file(
     for changed in (content, graphs.network.content):
         with pytest.raises(EngineError, match="refuses the graph"):
             onnx_engine(network, Graphs(Graph(changed, lacking), graphs.gate))
+
+
+def test_operators_of_the_graphs(graphs: Graphs) -> None:
+    """Normalisation is one operator, and lengths are made by those that are vectorised."""
+    for graph in (graphs.network, graphs.gate):
+        kinds = Counter(node.op_type for node in onnx.load_from_string(graph.content).graph.node)
+
+        assert not {"Div", "Sub", "ReduceL2"} & set(kinds)
+        assert kinds["ReduceSum"] == kinds["Sqrt"] == 1
 
 
 def test_graphs_on_disk(tmp_path: Path, graphs: Graphs) -> None:
