@@ -679,6 +679,22 @@ def test_scans_of_a_jpeg_are_bounded(scans: int, is_accepted: bool) -> None:
             read_header(data)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize(("scans", "is_accepted"), [(100, True), (101, False)])
+def test_scans_of_a_larger_jpeg_are_bounded(shift: int, scans: int, is_accepted: bool) -> None:
+    """They are found at even and at odd places."""
+    data = progressive(scans, height=200, width=300)
+    comment = b"\xff\xfe" + (2 + shift).to_bytes(2, "big") + b"." * shift
+    data = data[:2] + comment + data[2:]
+    assert len(data) > 2**14
+
+    if is_accepted:
+        assert read_header(data).width == 300
+    else:
+        with pytest.raises(ImageTooLargeError, match="JPEG has 101 scans; the limit is 100"):
+            read_header(data)
+
+
 def test_scans_times_pixels_are_bounded() -> None:
     """An image of the largest size may have a usual number of scans, but not the limit of them."""
     usual = progressive(12, height=100, width=100)
