@@ -94,3 +94,5 @@ def _print_offline(turns: Sequence[Turn], console: Console) -> None:
             f"open loop at 70 % of capacity: p50 {p50.format(1)} ms, p99 {p99.format(1)} ms, "
             f"{failed} failed"
         )
+    if ideals := [tail["ideal"] for tail in tails if "ideal" in tail]:
+        console.print(f"p99 / p50 of an ideal queue at that load: {ideals[-1]:.2f}")

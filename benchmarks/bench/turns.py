@@ -11,9 +11,18 @@ import uvloop
 from benchmarks.bench.agreement import IMAGES, compare
 from benchmarks.bench.bodies import write_bodies
 from benchmarks.bench.cases import ALONE, FULL, MANY, OUTPUT, Case, Load
-from benchmarks.bench.contestants import UNSCORED, Contestant, Running, normgate, peers, running
+from benchmarks.bench.contestants import (
+    CORES,
+    UNSCORED,
+    Contestant,
+    Running,
+    normgate,
+    peers,
+    running,
+)
 from benchmarks.bench.figures import Turn, figure
 from benchmarks.bench.goals import NORMGATE
+from benchmarks.bench.ideal_queue import tail
 from benchmarks.bench.limit import LimitProcess, limit
 from benchmarks.bench.wrk import measure
 from benchmarks.load import Answer, open_loop, percentile_ms, post
@@ -203,6 +212,7 @@ def _open_loop(
         "failures": len(answers) - len(good),
         "p50_ms": percentile_ms(good, 50),
         "p99_ms": percentile_ms(good, 99),
+        "ideal": tail(cores=len(CORES), load=OPEN_LOOP_SHARE),
     }
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy.optimize import brentq
 
 from benchmarks import soak
-from benchmarks.bench import agreement, bodies, figures, goals, table, wrk
+from benchmarks.bench import agreement, bodies, figures, goals, ideal_queue, table, wrk
 from benchmarks.bench.cases import Load
 from benchmarks.peers import framing
 from tests.conftest import draw_images
@@ -161,6 +163,23 @@ def test_goals_of_other_benchmarks(tmp_path: Path) -> None:
     (tmp_path / "engines.json").write_text(json.dumps({"goals": [goal]}))
 
     assert table.outside_goals(tmp_path) == ([goal], ["calibrate", "soak"])
+
+
+def waits_at_most(services: float) -> float:
+    """The probability of so long a wait at one core that is busy half of the time: Erlang's sum."""
+    return 0.5 * sum(
+        (0.5 * (k - services)) ** k / math.factorial(k) * math.exp(0.5 * (services - k))
+        for k in range(math.floor(services) + 1)
+    )
+
+
+def test_tail_of_an_ideal_queue() -> None:
+    """At a half load half of all wait not at all; two cores wait less, and at no load nobody."""
+    p99 = 1 + brentq(lambda services: waits_at_most(services) - 0.99, 0, 20)
+
+    assert ideal_queue.tail(cores=1, load=0.5) == pytest.approx(p99, rel=0.01)
+    assert 1 < ideal_queue.tail(cores=2, load=0.5) < p99
+    assert ideal_queue.tail(cores=2, load=1e-4) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("burst", [1, 8, 32])
