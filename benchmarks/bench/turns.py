@@ -71,34 +71,70 @@ def measure_case(case: Case, options: Options, *, report: Report) -> Iterator[di
     """
     chosen = [one for one in [normgate(), UNSCORED, *peers()] if options.wants(one.name)]
     images = [file.read_bytes() for file in case.images]
+    seconds = options.seconds or case.seconds
+    turns: list[Turn] = []
+    agreements: dict[str, Any] = {}
     with ExitStack() as stack:
         offline = None
         if options.wants(LIMIT):
             report(f"{case.name}: the offline loop's plans")
             offline = stack.enter_context(limit(case))
-        seconds = options.seconds or case.seconds
         plans = {} if offline is None else offline.ask("plan", seconds=_PLAN_SHARE * seconds)
+        for company in companies(chosen, are_all=not case.is_photographs):
+            for turn, agreement in _company_turns(
+                case, company, offline, options, images=images, report=report
+            ):
+                turns.append(turn)
+                agreements |= agreement
+                yield {
+                    "case": case.name,
+                    "title": case.title,
+                    "is_photographs": case.is_photographs,
+                    "seconds": seconds,
+                    "plans": plans,
+                    "agreement": agreements,
+                    "turns": turns,
+                }
+
+
+def companies(chosen: Sequence[Contestant], *, are_all: bool) -> Sequence[Sequence[Contestant]]:
+    """Those whose servers are loaded at the same time; NormGate is among all of them.
+
+    Args:
+        chosen: that take part.
+        are_all: whether the memory holds all of them. The ten servers of a network of photographs
+            filled 24 GB.
+    """
+    ourselves = [one for one in chosen if one.name == NORMGATE]
+    documented = [one for one in chosen if one.kind == "documented"]
+    others = [one for one in chosen if one not in ourselves + documented]
+    if are_all or not (documented and others):
+        return [chosen]
+    return [ourselves + documented, ourselves + others]
+
+
+def _company_turns(
+    case: Case,
+    company: Sequence[Contestant],
+    offline: LimitProcess | None,
+    options: Options,
+    *,
+    images: Sequence[bytes],
+    report: Report,
+) -> Iterator[tuple[Turn, dict[str, Any]]]:
+    with ExitStack() as stack:
         servers = []
-        for contestant in chosen:
+        for contestant in company:
             report(f"{case.name}: {contestant.name} starts")
             server = stack.enter_context(running(contestant, case))
             servers.append(server)
             server.rest()
         agreement = _agreement(servers, images)
-        turns: list[Turn] = []
         for number in range(options.turns):
-            turns.append(
-                _turn(case, servers, offline, options, images=images, number=number, report=report)
+            turn = _turn(
+                case, servers, offline, options, images=images, number=number, report=report
             )
-            yield {
-                "case": case.name,
-                "title": case.title,
-                "is_photographs": case.is_photographs,
-                "seconds": seconds,
-                "plans": plans,
-                "agreement": agreement,
-                "turns": turns,
-            }
+            yield turn, agreement
 
 
 def _agreement(servers: Sequence[Running], images: Sequence[bytes]) -> dict[str, Any]:

@@ -15,7 +15,17 @@ from rich.console import Console
 from scipy.optimize import brentq
 
 from benchmarks import soak
-from benchmarks.bench import agreement, bodies, figures, goals, ideal_queue, table, wrk
+from benchmarks.bench import (
+    agreement,
+    bodies,
+    contestants,
+    figures,
+    goals,
+    ideal_queue,
+    table,
+    turns,
+    wrk,
+)
 from benchmarks.bench.cases import Load
 from benchmarks.peers import framing
 from tests.conftest import draw_images
@@ -139,6 +149,21 @@ def test_case_goals() -> None:
 def test_case_goals_of_little() -> None:
     """What was not measured has no goal, neither met nor missed."""
     assert goals.case_goals(result([turn(row("normgate", "c=32", 95))], name="cifar")) == []
+
+
+def test_companies() -> None:
+    """Where memory is short documented servers and ours are measured apart, beside NormGate."""
+    chosen = [contestants.normgate(), contestants.UNSCORED, *contestants.peers()]
+
+    [everybody] = turns.companies(chosen, are_all=True)
+    documented, others = turns.companies(chosen, are_all=False)
+    [alone] = turns.companies(chosen[:1], are_all=False)
+
+    assert everybody == chosen
+    assert documented[0] == others[0] == alone[0] == chosen[0]
+    assert {one.kind for one in documented[1:]} == {"documented"}
+    assert len(documented) + len(others) == len(chosen) + 1
+    assert not {one.name for one in documented[1:]} & {one.name for one in others}
 
 
 def test_table_of_goals_says_met_and_missed() -> None:
