@@ -7,10 +7,14 @@ that has no network of its need not wait for it.
 import platform
 from typing import Final, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+Pixels = NDArray[np.uint8]
+"""A decoded image: ``[H, W, 3]`` uint8 RGB, or its planes ``[3, H, W]``."""
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 _VECTORS: Final = ("AVX2", "AVX512")
@@ -18,33 +22,32 @@ _ARM: Final = ("aarch64", "arm64")
 
 
 def resize(
-    image: Tensor,
+    pixels: Pixels,
     side: int,
     *,
     interpolation: Interpolation,
     antialias: bool,
     shape: tuple[int, int] | None = None,
-) -> Tensor:
+) -> Pixels:
     """The image with its shorter side ``side`` pixels long, ``[3, H, W]`` uint8.
 
     Args:
-        image: ``[3, H, W]`` uint8 on the CPU, neither side empty.
+        pixels: ``[H, W, 3]`` uint8, neither side empty.
         side: in pixels.
         interpolation: how pixels between pixels are made.
         antialias: whether smaller images are of means; the nearest pixel never is one.
         shape: whose proportions are kept; the image's own by default.
     """
-    height, width = image.shape[1:]
+    height, width, channels = pixels.shape
     shorter, longer = sorted(shape or (height, width))
     long_side = int(side * longer / shorter)
     size = (side, long_side) if height <= width else (long_side, side)
     if size == (height, width):
-        return image
+        return pixels.transpose(2, 0, 1)
     is_nearest = interpolation == "nearest"
-    batch = image.reshape(1, *image.shape)
-    if batch.is_contiguous(memory_format=torch.channels_last):
-        # A stride as in a batch of several: torch then keeps the layout, and is faster.
-        batch = batch.as_strided(batch.shape, (batch.numel(), *batch.stride()[1:]))
+    # By numpy: each of torch's views lets the interpreter's lock go. The stride is that of a batch
+    # of several: torch then keeps the layout, and is faster.
+    batch = torch.from_numpy(pixels.reshape(1, height, width, channels).transpose(0, 3, 1, 2))
     is_native = is_nearest or interpolation == "bicubic" or _has_vectors()
     resized: Tensor = interpolate(
         batch if is_native else batch.float(),
@@ -52,11 +55,12 @@ def resize(
         mode=interpolation,
         align_corners=None if is_nearest else False,
         antialias=antialias and not is_nearest,
-    )[0]
-    return resized if is_native else resized.round_().to(torch.uint8)
+    )
+    found: Pixels = (resized if is_native else resized.round_().to(torch.uint8)).numpy()[0]
+    return found
 
 
-def crop_centre(image: Tensor, side: int) -> Tensor:
+def crop_centre(image: Pixels, side: int) -> Pixels:
     """The square in the middle, ``[3, side, side]``; half a pixel too many is left at an even one.
 
     Args:

@@ -23,7 +23,6 @@ from app.core.images import (
     REDUCTIONS,
     REFERENCE_JPEG,
     ImageHeader,
-    Pixels,
     Preprocessing,
     decode,
     decode_accepted,
@@ -31,6 +30,7 @@ from app.core.images import (
     load,
     read_header,
 )
+from app.core.resizing import Pixels
 from app.errors import (
     ImageError,
     ImageTooLargeError,
