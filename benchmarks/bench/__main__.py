@@ -13,11 +13,14 @@ reads what lies there, so that the parts may be measured one by one::
 import argparse
 import json
 import platform
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -186,10 +189,29 @@ def _write(
     """The result as it is written, after the turns from before."""
     file = arguments.output / f"{name}.json"
     result = result | {"turns": [*before, *result["turns"]]}
-    machine = {"processor": platform.processor() or platform.machine(), "cores": len(CORES)}
-    result = result | {"machine": machine, "peers": _versions()}
+    machine = {"processor": _processor(), "cores": len(CORES)}
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    result = result | {"machine": machine, "peers": _versions(), "commit": _commit(), "ended": when}
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _processor() -> str:
+    """Its name as Linux has it, or else its kind."""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if found := re.search(r"^model name\s*: (.+)$", text, re.MULTILINE):
+            return found[1]
+    return platform.machine()
+
+
+def _commit() -> str | None:
+    """What is checked out, with a mark where files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    with suppress(OSError):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() or None
+    return None
 
 
 def _versions() -> dict[str, str]:

@@ -93,7 +93,7 @@ def _case(name: str, images: Sequence[Path] | None = None) -> Case:
             is_photographs=False,
             seconds=2,
             loads=(*SINGLE, Load(1, MANY), Load(8, MANY)),
-            our_loads=(FULL,),
+            our_loads=SINGLE,
         )
     if name == "mobilenet":
         return Case(
@@ -105,7 +105,7 @@ def _case(name: str, images: Sequence[Path] | None = None) -> Case:
             is_photographs=True,
             seconds=3,
             loads=(*SINGLE, Load(1, MANY)),
-            our_loads=(FULL,),
+            our_loads=SINGLE,
         )
     return Case(
         name=name,
@@ -116,7 +116,7 @@ def _case(name: str, images: Sequence[Path] | None = None) -> Case:
         is_photographs=True,
         seconds=4,
         loads=(*SINGLE, Load(1, MANY)),
-        our_loads=(FULL,),
+        our_loads=SINGLE,
     )
 
 
