@@ -1,9 +1,7 @@
 """Engines: whatever runs the network, the scores are torch's and so are the verdicts."""
 
-import copy
 import os
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -17,21 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from app.core.blocks import Block, find_blocks
-from app.core.detector import ENGINE_TOLERANCE, Detector, Verdicts, check_agreement
+from app.core.detector import ENGINE_TOLERANCE, check_agreement
 from app.core.engines import EngineName, Outputs, TorchEngine
 from app.core.graph_files import read_graphs, write_graphs
-from app.core.images import Preprocessing, load
+from app.core.images import Preprocessing
 from app.core.networks import CIFAR_PREPROCESSING, Architecture, build
 from app.core.onnx_engine import OnnxEngine
 from app.core.onnx_graph import Graph, Graphs, export_graphs
 from app.core.scores import SCORES_WITH_HEAD, ScoreName
 from app.errors import EngineError, NetworkError, NoEngineError, NoGraphsError
-from app.store import Store
-from benchmarks.datasets import ROOT, archive_folder
 from tests.core.test_detector import detector_of
 
-IMAGES = 1000
-ARCHIVE = archive_folder() / "cifar10.zip"
 THREADS = 1
 
 
@@ -59,55 +53,6 @@ def onnx_engine(network: nn.Module, graphs: Graphs, *, threads: int = THREADS) -
 def graphs(network: nn.Module, block: Block) -> Graphs:
     """The graphs of the small network, with the head's input."""
     return export_graphs(network, block=block, preprocessing=CIFAR_PREPROCESSING, head="fc")
-
-
-@pytest.fixture(scope="module")
-def real_images() -> Tensor:
-    """A thousand CIFAR-10 test images of all classes."""
-    if not ARCHIVE.exists():
-        pytest.skip(f"{ARCHIVE} does not exist; set NORMGATE_DATA to its folder")
-    with zipfile.ZipFile(ARCHIVE) as archive:
-        names = sorted(name for name in archive.namelist() if name.startswith("cifar10/test/"))
-        chosen = [name for name in names if name.endswith(".jpg")]
-        chosen = chosen[:: len(chosen) // IMAGES][:IMAGES]
-        return torch.stack([load(archive.read(name), CIFAR_PREPROCESSING) for name in chosen])
-
-
-@pytest.fixture(scope="module")
-def bundled() -> tuple[Detector, Graphs]:
-    """The detector that ships with NormGate, on torch, and its graphs."""
-    loaded = Store(ROOT / "model_store").load("cifar10-resnet18")
-    assert loaded.folder is not None
-    return loaded.detector(), read_graphs(loaded.folder / "onnx")
-
-
-@pytest.fixture(scope="module")
-def expected(bundled: tuple[Detector, Graphs], real_images: Tensor) -> Verdicts:
-    """What torch says of the real images, in batches of 64 as in calibration."""
-    return in_batches(bundled[0], real_images, 64)
-
-
-def in_batches(detector: Detector, images: Tensor, size: int, *, gate: bool = False) -> Verdicts:
-    """The verdicts of all images, asked for in batches of a size."""
-    run = detector.judge if gate else detector.detect
-    parts = [run(images[start : start + size]) for start in range(0, len(images), size)]
-    return Verdicts(
-        **{
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in Verdicts.__dataclass_fields__
-        }
-    )
-
-
-def assert_alike(found: Verdicts, expected: Verdicts) -> None:
-    """Scores within the tolerance; the same verdict wherever the tolerance leaves no doubt."""
-    np.testing.assert_allclose(
-        found.scores, expected.scores, rtol=ENGINE_TOLERANCE["float32"], atol=0
-    )
-    is_clear = np.abs(expected.scores / expected.thresholds - 1) > ENGINE_TOLERANCE["float32"]
-    assert is_clear.mean() > 0.99
-    np.testing.assert_array_equal(found.is_ood[is_clear], expected.is_ood[is_clear])
-    assert 0 < expected.is_ood.sum() < len(expected.is_ood)
 
 
 @pytest.mark.parametrize(
@@ -145,60 +90,6 @@ def test_the_sessions_threads_are_patient(network: nn.Module, graphs: Graphs) ->
     assert started
     assert {os.sched_getscheduler(int(thread)) for thread in started} == {os.SCHED_BATCH}
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "threads", "gate"),
-    [(32, 1, False), (32, 2, False), (32, 1, True)],
-)
-def test_onnxruntime_on_real_images(
-    bundled: tuple[Detector, Graphs],
-    real_images: Tensor,
-    expected: Verdicts,
-    batch_size: int,
-    threads: int,
-    gate: bool,
-) -> None:
-    """A thousand real images: with any number of threads, whole or gate, verdicts are torch's."""
-    detector, graphs = bundled
-    engine = onnx_engine(detector.network, graphs, threads=threads)
-
-    assert_alike(
-        in_batches(detector.on_engine(engine), real_images, batch_size, gate=gate), expected
-    )
-
-
-@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_small_batches_of_real_images(
-    bundled: tuple[Detector, Graphs],
-    real_images: Tensor,
-    expected: Verdicts,
-    batch_size: int,
-    engine: EngineName,
-) -> None:
-    """Nor does the company of an image change its verdict, on either engine."""
-    detector, graphs = bundled
-    if engine == "onnxruntime":
-        detector = detector.on_engine(onnx_engine(detector.network, graphs))
-    every = slice(None, None, 8)
-
-    found = in_batches(detector, real_images[every], batch_size)
-
-    assert_alike(found, Verdicts(*(column[every] for column in vars(expected).values())))
-
-
-def test_channels_last_on_real_images(
-    bundled: tuple[Detector, Graphs], real_images: Tensor, expected: Verdicts
-) -> None:
-    """Nor does the memory layout."""
-    detector = bundled[0]
-    loaded = Store(ROOT / "model_store").load("cifar10-resnet18")
-    network = copy.deepcopy(detector.network).to(memory_format=torch.channels_last)
-    selected, preprocessing = loaded.bundle.norm_ratios.selected, loaded.bundle.preprocessing
-    engine = TorchEngine(network, block=selected, preprocessing=preprocessing)
-
-    assert_alike(in_batches(detector.on_engine(engine), real_images, 32), expected)
 
 
 def test_gate_and_full_answer(network: nn.Module, graphs: Graphs) -> None:
