@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from scipy.optimize import brentq
 
-from benchmarks import soak
+from benchmarks import soak, stages
 from benchmarks.bench import (
     agreement,
     bodies,
@@ -164,6 +164,15 @@ def test_companies() -> None:
     assert {one.kind for one in documented[1:]} == {"documented"}
     assert len(documented) + len(others) == len(chosen) + 1
     assert not {one.name for one in documented[1:]} & {one.name for one in others}
+
+
+def test_profile() -> None:
+    """The rest is what the stages leave of the total."""
+    stages_ms = {"read": 1.0, "decode": 2.0, "queue": 3.0, "forward": 4.0, "total": 12.5}
+
+    found = stages.Profile("c=1", 80, 13, stages_ms, loop_ms=1, threads_ms=9, batch_size=1)
+
+    assert found.rest_ms == 2.5
 
 
 def test_table_of_goals_says_met_and_missed() -> None:
