@@ -64,8 +64,9 @@ def export_graphs(
 class _Whole(nn.Module):
     """From uint8 images to all that a score needs."""
 
-    mean: Tensor
-    variance: Tensor
+    # Names that no operator of a network has: the exporter calls its values by them.
+    pixel_mean: Tensor
+    pixel_variance: Tensor
 
     def __init__(
         self, network: nn.Module, block: Block, preprocessing: Preprocessing, head: str | None
@@ -77,20 +78,22 @@ class _Whole(nn.Module):
         self._head = head
         self._side = preprocessing.crop
         device = next(network.parameters()).device
-        # Of uint8 pixels. A batch norm of them is the normalisation in one operator.
-        self.register_buffer("mean", 255 * torch.tensor(preprocessing.mean, device=device))
-        deviation = 255 * torch.tensor(preprocessing.std, device=device)
-        self.register_buffer("variance", deviation**2)
+        mean, variance = preprocessing.moments()
+        self.register_buffer("pixel_mean", mean.to(device))
+        self.register_buffer("pixel_variance", variance.to(device))
         self.eval()
 
     def example(self) -> Tensor:
         """Images to trace with."""
         size = (_EXAMPLES, 3, self._side, self._side)
-        return torch.zeros(size, dtype=torch.uint8, device=self.mean.device)
+        return torch.zeros(size, dtype=torch.uint8, device=self.pixel_mean.device)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """FeatureNorms, logits, and the head's input where it is wanted."""
-        inputs = functional.batch_norm(images.float(), self.mean, self.variance, eps=0.0)
+        # The normalisation in one operator.
+        inputs = functional.batch_norm(
+            images.float(), self.pixel_mean, self.pixel_variance, eps=0.0
+        )
         if self._head is None:
             logits, norms = self._norms.run(inputs)
             return norms[self._block.name], logits
@@ -173,6 +176,8 @@ def _without_weights(model: Any, weights: Mapping[str, Tensor]) -> Graph:
 
 
 def _is_weight(tensor: Any, weights: Mapping[str, Tensor]) -> bool:
+    if not tensor.name.startswith(WEIGHT_PREFIX):
+        return False
     weight = weights.get(tensor.name.removeprefix(WEIGHT_PREFIX))
     if weight is None or tuple(tensor.dims) != tuple(weight.shape):
         return False

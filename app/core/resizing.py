@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 Pixels = NDArray[np.uint8]
-"""A decoded image: ``[H, W, 3]`` uint8 RGB, or its planes ``[3, H, W]``."""
+"""A decoded image: ``[H, W, 3]`` uint8 RGB."""
+Planes = NDArray[np.uint8]
+"""The same as ``[3, H, W]``."""
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 _VECTORS: Final = ("AVX2", "AVX512")
@@ -28,8 +30,8 @@ def resize(
     interpolation: Interpolation,
     antialias: bool,
     shape: tuple[int, int] | None = None,
-) -> Pixels:
-    """The image with its shorter side ``side`` pixels long, ``[3, H, W]`` uint8.
+) -> Planes:
+    """The image with its shorter side ``side`` pixels long; a view of it where it is already.
 
     Args:
         pixels: ``[H, W, 3]`` uint8, neither side empty.
@@ -56,15 +58,15 @@ def resize(
         align_corners=None if is_nearest else False,
         antialias=antialias and not is_nearest,
     )
-    found: Pixels = (resized if is_native else resized.round_().to(torch.uint8)).numpy()[0]
+    found: Planes = (resized if is_native else resized.round_().to(torch.uint8)).numpy()[0]
     return found
 
 
-def crop_centre(image: Pixels, side: int) -> Pixels:
+def crop_centre(image: Planes, side: int) -> Planes:
     """The square in the middle, ``[3, side, side]``; half a pixel too many is left at an even one.
 
     Args:
-        image: ``[3, H, W]``, both sides at least ``side``.
+        image: both sides at least ``side``.
         side: in pixels.
     """
     top, left = (round((length - side) / 2) for length in image.shape[1:])

@@ -23,7 +23,7 @@ def print_case(result: Mapping[str, Any], console: Console) -> None:
     kinds = ("normgate", "documented", "ours")
     columns = list(dict.fromkeys(load for kind in kinds for load in loads(turns, kind=kind)))
     for field, title in (("images_per_s", "images/s"), ("p50_ms", "p50, ms")):
-        table = Table(title=f"{result['title']}: {title}, median (least to most) of {len(turns)}")
+        table = Table(title=f"{result['title']}: {title}, median (least to most)")
         table.add_column("server")
         for column in columns:
             table.add_column(column, justify="right")
@@ -32,6 +32,8 @@ def print_case(result: Mapping[str, Any], console: Console) -> None:
             table.add_row(contestant, *cells)
         console.print(table)
     _print_offline(turns, console)
+    if result.get("ideal_tail"):
+        console.print(f"p99 / p50 of an ideal queue at that load: {result['ideal_tail']:.2f}")
     for contestant, statuses in failures(turns).items():
         told = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items()))
         console.print(f"[bold]{contestant}[/bold] failed: {told}")
@@ -94,5 +96,3 @@ def _print_offline(turns: Sequence[Turn], console: Console) -> None:
             f"open loop at 70 % of capacity: p50 {p50.format(1)} ms, p99 {p99.format(1)} ms, "
             f"{failed} failed"
         )
-    if ideals := [tail["ideal"] for tail in tails if "ideal" in tail]:
-        console.print(f"p99 / p50 of an ideal queue at that load: {ideals[-1]:.2f}")

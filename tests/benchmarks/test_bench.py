@@ -158,9 +158,11 @@ def test_companies() -> None:
     [everybody] = turns.companies(chosen, are_all=True)
     documented, others = turns.companies(chosen, are_all=False)
     [alone] = turns.companies(chosen[:1], are_all=False)
+    [few] = turns.companies([chosen[0], chosen[2], chosen[-1]], are_all=False)
 
     assert everybody == chosen
     assert documented[0] == others[0] == alone[0] == chosen[0]
+    assert len(few) == 3
     assert {one.kind for one in documented[1:]} == {"documented"}
     assert len(documented) + len(others) == len(chosen) + 1
     assert not {one.name for one in documented[1:]} & {one.name for one in others}

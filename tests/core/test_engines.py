@@ -164,7 +164,29 @@ class LastChannels(nn.Module):
         return logits
 
 
+class Gated(nn.Module):
+    """Channels weighted by their own means, before the block that is read and after it."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Conv2d(3, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 3)
+        self.register_buffer("mean", torch.tensor((0.5, 0.5, 0.5)) * 255)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        maps = self.maps(images)
+        maps = self.last(maps * maps.mean((2, 3), keepdim=True))
+        means = maps.mean((2, 3))
+        logits: Tensor = self.fc(maps.relu().mean((2, 3)) * means) + self.mean / 255
+        return logits
+
+
 CASES = [
+    (Gated, Block("last", "maps"), 8),
     (Tokens, Block("mix", "tokens"), 8),
     (LastChannels, Block("last", "channels_last"), 8),
     ("cifar/vgg11", None, 32),

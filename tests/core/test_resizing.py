@@ -48,6 +48,7 @@ def test_resize(layout: str, interpolation: Interpolation, antialias: bool) -> N
             image, [side], interpolation=InterpolationMode(interpolation), antialias=antialias
         )
         assert found.dtype == np.uint8
+        assert layout != "decoded" or found.transpose(1, 2, 0).flags.c_contiguous
         np.testing.assert_array_equal(found, expected, f"{height}x{width} to {side}")
 
 
