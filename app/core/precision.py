@@ -46,9 +46,10 @@ def on_device(network: nn.Module, device: str) -> nn.Module:
     network.to(device)
     if torch.device(device).type == "cuda":
         _sum_in_float32()
-        if dtype_of(network.state_dict()) == "bfloat16":
-            # The tensor cores take the channels last; otherwise each layer turns its maps twice.
-            _channels_last(network)
+    if dtype_of(network.state_dict()) == "bfloat16":
+        # What multiplies bfloat16, on GPUs and in recent CPUs, takes the channels last; otherwise
+        # each layer turns its maps twice.
+        _channels_last(network)
     return network
 
 

@@ -108,10 +108,10 @@ def test_a_network_of_another_dtype(network: nn.Module, dtype: str) -> None:
         compute_in(network, dtype)  # type: ignore[arg-type]
 
 
-def test_on_the_cpu_the_layout_stays(half: nn.Module) -> None:
-    """Channels last are for GPUs alone."""
-    placed = on_device(half, "cpu")
+def test_layouts(network: nn.Module, half: nn.Module) -> None:
+    """What multiplies bfloat16 takes the channels last; float32 stays as it is."""
+    for whose, layout in ((network, torch.contiguous_format), (half, torch.channels_last)):
+        weight = on_device(copy.deepcopy(whose), "cpu").get_parameter("layer1.0.conv1.weight")
 
-    weight = placed.get_parameter("layer1.0.conv1.weight")
-    assert weight.is_contiguous(memory_format=torch.contiguous_format)
-    assert not weight.is_contiguous(memory_format=torch.channels_last)
+        layouts = (torch.contiguous_format, torch.channels_last)
+        assert [one for one in layouts if weight.is_contiguous(memory_format=one)] == [layout]
