@@ -1,9 +1,10 @@
 """The cores that this process may use, and what forward passes make of them."""
 
+import ctypes
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -14,6 +15,10 @@ MOST_PASSES: Final = 2
 """Forward passes at once on the CPU."""
 _TINY_SIDE: Final = 64
 _LOWER_BY: Final = 5
+# Not by a CDLL, which lets the interpreter's lock go for every call.
+_sched_getcpu: Final[Callable[[], int] | None] = (
+    getattr(ctypes.PyDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
+)
 
 
 def usable_cores() -> int:
@@ -76,6 +81,28 @@ def compute_behind_others() -> None:
             thread = threading.get_native_id()
             before = os.getpriority(os.PRIO_PROCESS, thread)
             os.setpriority(os.PRIO_PROCESS, thread, before + _LOWER_BY)
+
+
+def current_core() -> int | None:
+    """The one that the calling thread runs on at the moment, where the system tells."""
+    return None if _sched_getcpu is None else _sched_getcpu()
+
+
+def keep_off(core: int, thread: int) -> None:
+    """Have a thread of this process run on the other cores that the process may use, if any.
+
+    A waiting thread stays behind the one whose core it woke on, however idle the others are: Linux
+    moves none to a core that rests for less than half a millisecond at a time, as the event loop's
+    does. Where that is refused this does nothing.
+
+    Args:
+        core: of :func:`current_core`.
+        thread: its number in the system.
+    """
+    with suppress(OSError):
+        others = os.sched_getaffinity(os.getpid()) - {core}
+        if others:
+            os.sched_setaffinity(thread, others)
 
 
 @contextmanager

@@ -96,14 +96,17 @@ class ScoringService:
         self.review: ReviewQueue | None = None
         if settings.review_folder is not None:
             self.review = ReviewQueue(settings, metrics, self.budget)
+        spares = {
+            device: SpareWorker(device, self._batcher, metrics)
+            for device in devices
+            if has_spare(device)
+        }
         self._workers = [
-            Worker(device, self._batcher, metrics, number=number)
+            Worker(device, self._batcher, metrics, number=number, spare=spares.get(device))
             for device in devices
             for number in range(threads_of(device))
         ]
-        self._workers += [
-            SpareWorker(device, self._batcher, metrics) for device in devices if has_spare(device)
-        ]
+        self._workers += spares.values()
         self._decoders = Decoders(settings, self.budget)
         self._background: set[asyncio.Task[None]] = set()
         self._is_loaded = False

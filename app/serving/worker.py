@@ -17,6 +17,8 @@ from app.core.cores import (
     MOST_PASSES,
     compute_behind_others,
     compute_patiently,
+    current_core,
+    keep_off,
     usable_cores,
 )
 from app.core.detector import Detections, Verdict, Verdicts
@@ -87,11 +89,19 @@ class Worker:
         batcher: hands out the batches.
         metrics: told of every batch.
         number: of the thread, among those of its device.
+        spare: the device's spare thread, where it has one.
     """
 
     def __init__(
-        self, device: str, batcher: ImageBatcher, metrics: Metrics, *, number: int = 0
+        self,
+        device: str,
+        batcher: ImageBatcher,
+        metrics: Metrics,
+        *,
+        number: int = 0,
+        spare: "SpareWorker | None" = None,
     ) -> None:
+        self._spare = spare
         self._device = device
         self._batcher = batcher
         self._metrics = metrics
@@ -154,6 +164,8 @@ class Worker:
         for wait_s in batch.waits_s:
             self._metrics.observe_stage("queue", wait_s)
         started = time.monotonic()
+        if self._spare is not None and splits(work, self._device):
+            self._spare.keep_off(current_core())
         detector = work.model.detectors[self._device]
         if not batch.is_alone:
             detector = detector.beside
@@ -176,6 +188,15 @@ class SpareWorker(Worker):
 
     def __init__(self, device: str, batcher: ImageBatcher, metrics: Metrics) -> None:
         super().__init__(device, batcher, metrics, number=threads_of(device))
+        self._kept_off: int | None = None
+
+    def keep_off(self, core: int | None) -> None:
+        """Run on other cores than this one from now on, which another thread needs."""
+        thread = self._thread.native_id
+        if core is None or core == self._kept_off or thread is None:
+            return
+        self._kept_off = core
+        keep_off(core, thread)
 
     def _begin(self) -> None:
         compute_behind_others()

@@ -11,7 +11,9 @@ import pytest
 from app.core.cores import (
     compute_behind_others,
     compute_patiently,
+    current_core,
     images_a_pass,
+    keep_off,
     patient_threads,
     threads_a_pass,
     usable_cores,
@@ -84,3 +86,34 @@ def test_a_priority_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "setpriority", refuse)
     with ThreadPoolExecutor(1, initializer=compute_behind_others) as pool:
         assert pool.submit(priority).result() == priority()
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="elsewhere a thread's cores are not to be chosen")
+def test_a_thread_that_is_kept_off_a_core() -> None:
+    """It has all other cores, and no other thread has fewer; of one core it has that."""
+    cores = os.sched_getaffinity(0)
+    with ThreadPoolExecutor(1) as pool:
+        thread = pool.submit(threading.get_native_id).result()
+        core = pool.submit(current_core).result()
+        assert core in cores
+
+        for kept_off in (core, min(cores), max(cores)):
+            assert kept_off is not None
+            keep_off(kept_off, thread)
+            assert os.sched_getaffinity(thread) == (cores - {kept_off} or cores)
+
+    assert os.sched_getaffinity(0) == cores
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="elsewhere a thread's cores are not to be chosen")
+def test_an_affinity_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread runs where it ran."""
+    before = os.sched_getaffinity(0)
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "refused")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    keep_off(min(before), threading.get_native_id())
+
+    assert os.sched_getaffinity(0) == before

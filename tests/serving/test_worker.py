@@ -2,10 +2,12 @@
 
 import asyncio
 import gc
+import os
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ IMAGE = torch.zeros(3, 2, 2, dtype=torch.uint8)
 
 class OneDetector:
     """Scores every image 1, after it has been let go; fails where it is told to."""
+
+    passes = 2
 
     def __init__(self, *, held: bool = False, fails: bool = False) -> None:
         self.asked: list[tuple[str, int]] = []
@@ -239,6 +243,30 @@ def test_a_waiting_worker_holds_no_model() -> None:
         await batcher.submit(Work(model), [IMAGE] * 8)
         del model
         await until(lambda: not gc.collect() and gone() is None)
+        batcher.close()
+        for worker in workers:
+            worker.join()
+
+    run(scenario())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no spare thread")
+@pytest.mark.parametrize("has_tiny_images", [True, False])
+def test_a_spare_thread_is_kept_off_the_core_of_a_batch(has_tiny_images: bool) -> None:
+    """Where batches leave parts to it; else it may run anywhere."""
+    cores = os.sched_getaffinity(0)
+
+    async def scenario() -> None:
+        batcher: Batcher[Tensor, Any] = Batcher(max_batch_size=8, queue_size=8)
+        spare = SpareWorker("cpu", batcher, Metrics())
+        workers = [Worker("cpu", batcher, Metrics(), spare=spare), spare]
+        for worker in workers:
+            worker.start()
+        model = replace(model_of(cpu=OneDetector()), has_tiny_images=has_tiny_images)
+        await batcher.submit(Work(model), [IMAGE] * 4)
+        assert spare._thread.native_id is not None
+        kept_off = cores - os.sched_getaffinity(spare._thread.native_id)
+        assert len(kept_off) == (1 if has_tiny_images and len(cores) > 1 else 0)
         batcher.close()
         for worker in workers:
             worker.join()
