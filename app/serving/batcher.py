@@ -4,6 +4,9 @@ Work-conserving: a thread that is free takes whatever waits, at once; while all 
 arrives gathers into the next batch. Nothing polls: threads sleep on a condition, requests on a
 future. An item whose request is gone or late leaves the queue before it reaches a thread.
 
+A lone item of the event loop's own may come back to it, to be run at once: see
+:meth:`Submission.put_or_take`.
+
 An item holds a place from the moment its request is let in, before it is decoded, until a thread
 takes it. A request is refused when there are too few places, or when what is ahead of it would
 take longer than it can wait: it learns so at once, and nothing is computed in vain.
@@ -18,7 +21,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from app.errors import DeadlineExceededError, NotReadyError, QueueFullError
 from app.serving.deadlines import Deadlines
@@ -39,6 +42,8 @@ _WAITING_SHARE: Final = 0.5
 """Of the time to a deadline that waiting may take: the estimate errs, and a late answer is lost."""
 _BACKGROUND_BATCHES: Final = 4
 """Batches of background items that may wait."""
+_SOLITUDE_S: Final = 0.1
+"""After the last time that a request found another one under way."""
 _WORTH_A_PART: Final = 12
 """Items that wait beside a batch under way, of which a spare thread may take a part."""
 
@@ -134,16 +139,23 @@ class Batch(Generic[Item, Result]):
     _requests: Sequence[tuple[_Request[Result], int]]
     _loop: asyncio.AbstractEventLoop
     _on_end: Callable[[int], None]
+    _is_in_loop: bool
 
     def complete(self, results: Sequence[Result]) -> None:
-        """Answer the items, in order; for the worker's thread to call."""
+        """Answer the items, in order; for the thread that took them to call."""
         self._on_end(len(self.items))
-        self._loop.call_soon_threadsafe(self._settle, results)
+        self._tell(self._settle, results)
 
     def fail(self, error: Exception) -> None:
-        """Fail the requests in this batch, and no others; for the worker's thread to call."""
+        """Fail the requests in this batch, and no others; for the thread that took them to call."""
         self._on_end(len(self.items))
-        self._loop.call_soon_threadsafe(self._fail, error)
+        self._tell(self._fail, error)
+
+    def _tell(self, call: Callable[[Any], None], found: Any) -> None:
+        if self._is_in_loop:
+            call(found)
+        else:
+            self._loop.call_soon_threadsafe(call, found)
 
     def trace(self, *, forward_started: float, forward_s: float) -> None:
         """Tell the traced requests in this batch of its wait and its forward pass."""
@@ -247,6 +259,16 @@ class Submission(Generic[Item, Result]):
         """The item is ready; for any thread to call."""
         self._batcher._enqueue(self._lane, [item], self._request, self._places)
 
+    def put_or_take(self, item: Item, device: str) -> Batch[Item, Result] | None:
+        """The item is ready; for the event loop alone to call.
+
+        A lone item comes back as a batch, which the caller must end at once: two threads would only
+        hand it to each other. One is lone when nothing else is on its way, or has lately been.
+        """
+        return self._batcher._enqueue_or_take(
+            self._lane, item, self._request, self._places, device=device
+        )
+
     def fail(self, error: Exception) -> None:
         """There will be no item; for any thread to call."""
         self._batcher._call_soon(self._request.fail, error)
@@ -315,6 +337,8 @@ class Batcher(Generic[Item, Result]):
         self._held = 0
         self._latest_batch_size = max_batch_size
         self._pace = _Pace(clock)
+        self._company_until = -math.inf
+        self._was_lone = False
         self._is_closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -362,6 +386,9 @@ class Batcher(Generic[Item, Result]):
             self.check_room(count, deadline=deadline)
             self._held += count
             self._pace.begin(count)
+            # A lone one that this turn of the event loop has run kept others waiting.
+            if self._pace.items > 1 or self._was_lone:
+                self._company_until = self._clock() + _SOLITUDE_S
         held = Places(count)
         try:
             yield held
@@ -537,6 +564,8 @@ class Batcher(Generic[Item, Result]):
         items: Sequence[Item],
         request: _Request[Result],
         places: Places | None,
+        *,
+        wakes: bool = True,
     ) -> None:
         arrived = self._clock()
         with self._changed:
@@ -556,7 +585,28 @@ class Batcher(Generic[Item, Result]):
                 _Pending(item, request, position, arrived) for position, item in enumerate(items)
             )
             self._depths[lane.is_background] += len(items)
-            self._wake()
+            if wakes:
+                self._wake()
+
+    def _enqueue_or_take(
+        self, lane: _Lane, item: Item, request: _Request[Result], places: Places, *, device: str
+    ) -> Batch[Item, Result] | None:
+        with self._changed:
+            is_lone = (
+                self._pace.items == 1
+                and self._clock() >= self._company_until
+                and not (self._running[device] or self._max_wait_s or self._is_closed)
+            )
+            self._enqueue(lane, [item], request, places, wakes=not is_lone)
+            batch = self._pop_batch(lane, device, is_in_loop=True) if is_lone else None
+        if batch is not None:
+            assert self._loop is not None, "an item can only come from a request"
+            self._was_lone = True
+            self._loop.call_soon(self._turn_over)
+        return batch
+
+    def _turn_over(self) -> None:
+        self._was_lone = False
 
     def _check_background(self, count: int) -> None:
         room = _BACKGROUND_BATCHES * self._max_batch_size - self._depths[True]
@@ -616,14 +666,16 @@ class Batcher(Generic[Item, Result]):
             self._on_drop("expired", expired)
         return taken
 
-    def _pop_batch(self, lane: _Lane, device: str) -> Batch[Item, Result] | None:
+    def _pop_batch(
+        self, lane: _Lane, device: str, *, is_in_loop: bool = False
+    ) -> Batch[Item, Result] | None:
         # Before it gathers: another thread would else take its place.
         self._running[device].append(lane)
         self._wait_for_company(lane)
         if taken := self._pop(lane, self._leave_part(lane, device)):
             self._wake()
             end = partial(self._end, device, lane=lane, mark=self._pace.take())
-            return self._batch(lane, taken, end)
+            return self._batch(lane, taken, end, is_in_loop=is_in_loop)
         self._running[device].remove(lane)
         # What this kept from its turn may have it now.
         self._wake()
@@ -693,6 +745,8 @@ class Batcher(Generic[Item, Result]):
         lane: _Lane,
         taken: Sequence[_Pending[Item, Result]],
         on_end: Callable[[int], None],
+        *,
+        is_in_loop: bool = False,
     ) -> Batch[Item, Result]:
         assert self._loop is not None, "an item can only come from a request"
         now = self._clock()
@@ -704,6 +758,7 @@ class Batcher(Generic[Item, Result]):
             _requests=[(pending.request, pending.position) for pending in taken],
             _loop=self._loop,
             _on_end=on_end,
+            _is_in_loop=is_in_loop,
         )
 
     def _end(self, device: str, count: int, *, lane: _Lane, mark: _Mark | None) -> None:

@@ -129,6 +129,7 @@ class Decoders:
         deadline: float,
         then: Callable[[Tensor], None],
         otherwise: Callable[[Exception], None],
+        then_here: Callable[[Tensor], None] | None = None,
     ) -> Decoding:
         """Decode an image and hand it on where that happens, past the event loop.
 
@@ -136,13 +137,14 @@ class Decoders:
             data: an image file.
             preprocessing: of the model.
             deadline: on the clock of ``time.monotonic``; what is late is not decoded.
-            then: takes the image, in the thread that decoded it; a tiny one before this returns.
+            then: takes the image, in the thread that decoded it.
+            then_here: takes a tiny one, before this returns; ``then`` by default.
             otherwise: takes what :meth:`decode` or ``then`` raises, likewise.
         """
         try:
             _check_deadline(deadline)
             if tiny := self._tiny(data, preprocessing):
-                then(load_accepted(data, tiny, preprocessing))
+                (then_here or then)(load_accepted(data, tiny, preprocessing))
                 return Decoding()
         except Exception as error:
             otherwise(_bare(error))

@@ -4,6 +4,7 @@ Changes are made aside and take effect in one assignment, so that a request sees
 they were before a change or as they are after it. A change that fails changes nothing.
 """
 
+import math
 import threading
 import time
 import weakref
@@ -58,6 +59,8 @@ class LoadedModel:
     """Most images in one forward pass."""
     has_tiny_images: bool = False
     """So small that threads do not share a pass."""
+    lone_pass_s: float = math.inf
+    """How long a pass of one image takes; the longest of all devices."""
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
 
@@ -492,8 +495,9 @@ class ModelPool:
             device: self._detector(stored, device, batch_size=batch_size)
             for device in self._devices
         }
-        for detector in detectors.values():
-            _warm_up(detector, batch_size=batch_size, side=side)
+        lone_pass_s = max(
+            _warm_up(detector, batch_size=batch_size, side=side) for detector in detectors.values()
+        )
         drift = DriftMonitor(
             stored.calibration_scores,
             threshold=bundle.threshold,
@@ -519,6 +523,7 @@ class ModelPool:
             drift=drift,
             batch_size=batch_size,
             has_tiny_images=are_tiny(side),
+            lone_pass_s=lone_pass_s,
         )
 
     def _read(self, name: str, version: int, store: Store) -> LoadedBundle:
@@ -557,12 +562,19 @@ class ModelPool:
             return detector
 
 
-def _warm_up(detector: Detector, *, batch_size: int, side: int) -> None:
-    """Passes at both ends of the batch sizes, so that no request pays for set-up."""
-    for size in (1, batch_size):
+def _warm_up(detector: Detector, *, batch_size: int, side: int) -> float:
+    """Passes at both ends of the batch sizes, so that no request pays for set-up.
+
+    Returns:
+        The seconds that one image takes after that.
+    """
+    for size in (batch_size, 1):
         images = torch.zeros(size, 3, side, side, dtype=torch.uint8)
         detector.detect(images)
         detector.judge(images)
+    started = time.monotonic()
+    detector.detect(images)
+    return time.monotonic() - started
 
 
 def _version(model: LoadedModel) -> int:

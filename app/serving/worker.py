@@ -140,6 +140,11 @@ class Worker:
         batch = self._take()
         if batch is None:
             return False
+        self.answer(batch)
+        return True
+
+    def answer(self, batch: Batch[Tensor, Detection]) -> None:
+        """Run a batch in the calling thread, and end it."""
         with self._busy():
             try:
                 detections = self._detect(batch)
@@ -148,7 +153,6 @@ class Worker:
                 batch.fail(ForwardError("the network failed on this batch"))
             else:
                 batch.complete(detections)
-        return True
 
     @contextmanager
     def _busy(self) -> Iterator[None]:

@@ -1,8 +1,10 @@
 """``POST /v1/score``: the answer's form, and one fitting status for each bad request."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from app.core.images import load
 from app.core.networks import CIFAR_PREPROCESSING
 from app.main import create_app
 from app.offline.calibrate import CalibrationOptions, calibrate
+from app.serving import service
+from app.serving.worker import Worker
 from app.settings import Settings
 from app.store import Store
 from tests.api.conftest import STORE, wait_until_ready
@@ -240,3 +244,26 @@ def test_uncertain_images(tiny_options: CalibrationOptions, tmp_path: Path) -> N
     assert {one.status_code for one in gated if one.headers["x-normgate-verdict"] != "ood"} == {200}
     counted = 'normgate_images_total{model="unsure",verdict="uncertain",version="1"}'
     assert f"{counted} {2.0 * offline.count('uncertain')}" in metrics
+
+
+@pytest.mark.parametrize(("longest_s", "is_in_loop"), [(60.0, True), (0.0, False)])
+def test_a_lone_tiny_image(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, longest_s: float, is_in_loop: bool
+) -> None:
+    """The event loop runs a short pass itself, and leaves a longer one to a worker."""
+    threads: list[str] = []
+    detect = Worker._detect
+
+    def watched(worker: Worker, batch: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return detect(worker, batch)
+
+    monkeypatch.setattr(Worker, "_detect", watched)
+    monkeypatch.setattr(service, "_LONGEST_IN_LOOP_S", longest_s)
+    threading.Event().wait(0.15)  # since the last one that had company
+
+    answers = [client.post("/v1/score", content=jpeg(0)) for _ in range(2)]
+
+    [first], [second] = (answer.json()["results"] for answer in answers)
+    assert first == second
+    assert [name.startswith("worker-") for name in threads] == [not is_in_loop] * 2

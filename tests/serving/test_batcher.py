@@ -901,3 +901,96 @@ def test_a_thread_that_may_take_nothing_ends_with_the_last_batch() -> None:
             assert await asyncio.gather(*waiting) == [[0], [2]]
 
     run(scenario())
+
+
+async def lone(batcher: Numbers, item: int) -> tuple[bool, int]:
+    """Whether an item came back to be run at once, and its result; a thread's where it did not."""
+    with batcher.places(1) as places:
+        submission = batcher.begin("key", places=places)
+        batch = submission.put_or_take(item, "cpu")
+        if batch is not None:
+            batch.complete([2 * item for item in batch.items])
+        return batch is not None, await submission.result()
+
+
+def test_a_lone_item_comes_back() -> None:
+    """The event loop runs it itself, again and again; no thread hears of it."""
+
+    async def scenario() -> None:
+        batcher = numbers()
+        with Doubler(batcher).working() as worker:
+            for item in range(3):
+                assert await lone(batcher, item) == (True, 2 * item)
+                await asyncio.sleep(0)
+        assert worker.batches == []
+
+    run(scenario())
+
+
+def test_a_lone_item_whose_batch_fails() -> None:
+    """The request fails, and the next one is lone again."""
+
+    async def scenario() -> None:
+        batcher = numbers()
+        with batcher.places(1) as places:
+            submission = batcher.begin("key", places=places)
+            batch = submission.put_or_take(1, "cpu")
+            assert batch is not None
+            batch.fail(ForwardError("poisoned"))
+            with pytest.raises(ForwardError, match="poisoned"):
+                await submission.result()
+        await asyncio.sleep(0)
+        assert await lone(batcher, 2) == (True, 4)
+
+    run(scenario())
+
+
+def test_who_has_company_is_not_lone() -> None:
+    """Nor who had some a moment ago: they are batched by the threads."""
+
+    async def scenario() -> None:
+        clock = Clock()
+        batcher = numbers(clock=clock)
+        with Doubler(batcher).working():
+            with batcher.places(1):
+                assert await lone(batcher, 1) == (False, 2)
+            assert await lone(batcher, 2) == (False, 4)
+            clock.now += 0.2
+            assert await lone(batcher, 3) == (True, 6)
+
+    run(scenario())
+
+
+def test_only_one_item_a_turn_is_lone() -> None:
+    """Those that came meanwhile would wait for one after the other."""
+
+    async def scenario() -> None:
+        batcher = numbers()
+        with Doubler(batcher).working():
+            found = await asyncio.gather(*(lone(batcher, item) for item in range(4)))
+        assert found == [(True, 0), (False, 2), (False, 4), (False, 6)]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("what", ["running", "gathering", "late"])
+def test_an_item_that_is_not_lone(what: str) -> None:
+    """Beside a batch under way, where batches gather, or when its time is over."""
+
+    async def scenario() -> None:
+        clock = Clock()
+        batcher = numbers(max_wait_s=1 if what == "gathering" else 0, clock=clock)
+        deadline = clock.now + 1
+        if what == "running":
+            waiting = asyncio.ensure_future(batcher.submit("key", [7]))
+            await until(lambda: batcher.depth == 1)
+            assert batcher.take() is not None
+        with batcher.places(1) as places:
+            submission = batcher.begin("key", places=places, deadline=deadline)
+            if what == "late":
+                clock.now += 2
+            assert submission.put_or_take(1, "cpu") is None
+        if what == "running":
+            waiting.cancel()
+
+    run(scenario())
