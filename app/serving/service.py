@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Coroutine, Sequence
+from contextvars import Context
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor
@@ -340,7 +341,9 @@ class ScoringService:
             decoded = image
             observe()
             if batch := submission.put_or_take(image, _CPU):
-                self._in_loop.answer(batch)
+                # As in a worker's thread, which is in no request's context: the batch knows whose
+                # stages these are.
+                Context().run(self._in_loop.answer, batch)
 
         def otherwise(error: Exception) -> None:
             observe()
