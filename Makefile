@@ -85,7 +85,7 @@ drift: data
 peers: install
 	$(BIN)/python -m benchmarks.peers.environments
 
-# Every goal, met or missed; about 45 minutes on two cores. Needs wrk.
+# Every goal, met or missed; about an hour and a half on two cores. Needs wrk.
 bench: data peers
 	$(BIN)/python -m benchmarks.bench
 
