@@ -8,24 +8,24 @@ event loop's: routing, waking, counting. JSON and writing the answer come after 
 import argparse
 import json
 import sys
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Final
 
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bench import wrk
 from benchmarks.bench.bodies import write_bodies
 from benchmarks.bench.cases import NAMES, OUTPUT, SINGLE, Case, Load, make_case
-from benchmarks.bench.contestants import Running, normgate, running
+from benchmarks.bench.contestants import normgate, running
+from benchmarks.server_metrics import CPU, LOOP, Metrics
 
 RESULT: Final = OUTPUT / "stages.json"
 STAGES: Final = ("read", "decode", "queue", "forward", "total")
 _WARM_UP_S: Final = 1
+_PATH: Final = "/v1/score"
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,6 @@ class Profile:
         return self.stages_ms["total"] - parts
 
 
-@dataclass(frozen=True)
-class _Moment:
-    sums: Mapping[str, float]
-    counts: Mapping[str, float]
-    batch_sum: float
-    batch_count: float
-    loop_s: float
-    threads_s: float
-
-
 def profiles(case: Case, *, seconds: float) -> Iterator[Profile]:
     """A profile of each concurrency, one image a request."""
     images = [file.read_bytes() for file in case.images]
@@ -77,47 +67,25 @@ def profiles(case: Case, *, seconds: float) -> Iterator[Profile]:
             )
             ask = partial(wrk.measure, server.url, bodies, content_type=content_type, load=load)
             ask(seconds=_WARM_UP_S)
-            before = _moment(server)
+            metrics = Metrics(server.url.removesuffix(_PATH), server.process.pid)
             found = ask(seconds=seconds)
-            yield _profile(load, found, before, _moment(server))
+            yield _profile(load, found, metrics.since())
 
 
-def _profile(load: Load, found: wrk.Measurement, before: _Moment, after: _Moment) -> Profile:
-    count = after.counts["total"] - before.counts["total"]
-    passes = after.batch_count - before.batch_count
+def _profile(load: Load, found: wrk.Measurement, grown: Mapping[str, float]) -> Profile:
+    def mean_ms(stage: str) -> float:
+        name = "normgate_stage_seconds"
+        return 1000 * grown[f"{name}_sum{stage}"] / grown[f"{name}_count{stage}"]
+
+    count = grown["normgate_stage_seconds_counttotal"]
     return Profile(
         load=str(load),
         images_per_s=found.images_per_s,
         p50_ms=found.p50_ms,
-        stages_ms={
-            stage: 1000
-            * (after.sums[stage] - before.sums[stage])
-            / (after.counts[stage] - before.counts[stage])
-            for stage in STAGES
-        },
-        loop_ms=1000 * (after.loop_s - before.loop_s) / count,
-        threads_ms=1000 * (after.threads_s - before.threads_s) / count,
-        batch_size=(after.batch_sum - before.batch_sum) / passes,
-    )
-
-
-def _moment(server: Running) -> _Moment:
-    url = server.url.replace("/v1/score", "/metrics")
-    with urllib.request.urlopen(url) as response:
-        text = response.read().decode()
-    samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
-    of = {(one.name, one.labels.get("stage")): one.value for one in samples}
-    times = {
-        thread.id: thread.user_time + thread.system_time for thread in server.process.threads()
-    }
-    loop_s = times.pop(server.process.pid)
-    return _Moment(
-        sums={stage: of["normgate_stage_seconds_sum", stage] for stage in STAGES},
-        counts={stage: of["normgate_stage_seconds_count", stage] for stage in STAGES},
-        batch_sum=of["normgate_batch_size_sum", None],
-        batch_count=of["normgate_batch_size_count", None],
-        loop_s=loop_s,
-        threads_s=sum(times.values()),
+        stages_ms={stage: mean_ms(stage) for stage in STAGES},
+        loop_ms=1000 * grown[LOOP] / count,
+        threads_ms=1000 * (grown[CPU] - grown[LOOP]) / count,
+        batch_size=grown["normgate_batch_size_sum"] / grown["normgate_batch_size_count"],
     )
 
 

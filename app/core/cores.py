@@ -91,9 +91,8 @@ def current_core() -> int | None:
 def keep_off(core: int, thread: int) -> None:
     """Have a thread of this process run on the other cores that the process may use, if any.
 
-    A waiting thread stays behind the one whose core it woke on, however idle the others are: Linux
-    moves none to a core that rests for less than half a millisecond at a time, as the event loop's
-    does. Where that is refused this does nothing.
+    A waiting thread stays behind the one whose core it woke on: Linux moves none to a core that
+    rests for short times alone, as the event loop's does. Where that is refused this does nothing.
 
     Args:
         core: of :func:`current_core`.

@@ -281,7 +281,7 @@ class Preprocessing(BaseModel):
             )
         if image.shape[1:] != (self.crop, self.crop):
             image = crop_centre(image, self.crop)
-        # By numpy: torch takes twice as long to turn so few pixels.
+        # By numpy: torch takes longer to turn so few pixels.
         return torch.from_numpy(np.ascontiguousarray(image))
 
     def normalise(self, images: Tensor) -> Tensor:

@@ -330,16 +330,17 @@ class ScoringService:
                 self._metrics.observe_stage("decode", seconds, kept=kept)
                 model.statistics.observe("compute_input", seconds)
 
-        def then(image: Tensor) -> None:
+        def keep(image: Tensor) -> None:
             nonlocal decoded
             decoded = image
             observe()
+
+        def then(image: Tensor) -> None:
+            keep(image)
             submission.put(image)
 
         def then_here(image: Tensor) -> None:
-            nonlocal decoded
-            decoded = image
-            observe()
+            keep(image)
             if batch := submission.put_or_take(image, _CPU):
                 # As in a worker's thread, which is in no request's context: the batch knows whose
                 # stages these are.

@@ -28,7 +28,6 @@ from typing import Any, Final
 import numpy as np
 import psutil
 import uvloop
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +36,7 @@ from benchmarks.load import Answer, closed_loop, goodput, open_loop, percentile_
 from benchmarks.overload import Case, bundled_case
 from benchmarks.scaling.batch_queue import BatchQueue, BatchTime, fit_line
 from benchmarks.server import ROOT, Server, serving
+from benchmarks.server_metrics import CPU, Metrics, fetch, samples
 
 RESULT: Final = ROOT / "build" / "bench" / "replica.json"
 CLIENTS: Final = (1, 2, 4, 8, 16, 32, 64)
@@ -106,41 +106,6 @@ class Overload:
         return max(0.0, 1 - self.goodput / capacity) / self.refused if self.refused else 0.0
 
 
-class Metrics:
-    """Sums and counts of a server's ``/metrics`` and its processor time, since the last look."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._process = psutil.Process(server.pid)
-        self._last = self._now()
-
-    def since(self) -> dict[str, float]:
-        """What each has grown by."""
-        now = self._now()
-        grown = {name: value - self._last.get(name, 0.0) for name, value in now.items()}
-        self._last = now
-        return grown
-
-    def _now(self) -> dict[str, float]:
-        found = {
-            sample.name + "".join(sample.labels.values()): sample.value
-            for sample in _samples(_get(f"{self._server.url}/metrics"))
-            if sample.name.endswith(("_sum", "_count"))
-        }
-        times = self._process.cpu_times()
-        return found | {"cpu": times.user + times.system}
-
-
-def _get(url: str) -> bytes:
-    with urllib.request.urlopen(url) as answer:
-        return bytes(answer.read())
-
-
-def _samples(text: bytes) -> Iterator[Any]:
-    for family in text_string_to_metric_families(text.decode()):
-        yield from family.samples
-
-
 @contextmanager
 def generator_on(core: int | None) -> Iterator[None]:
     """This process on one core inside the context; wherever it likes for None."""
@@ -154,7 +119,7 @@ def generator_on(core: int | None) -> Iterator[None]:
 
 def closed(server: Server, requests: Sequence[bytes], *, clients: int, seconds: float) -> Closed:
     """The closed loop of so many clients."""
-    metrics = Metrics(server)
+    metrics = Metrics(server.url, server.pid)
     answers = uvloop.run(closed_loop(server.url, requests, clients=clients, seconds=seconds))
     grown = metrics.since()
     _check(answers)
@@ -165,7 +130,7 @@ def closed(server: Server, requests: Sequence[bytes], *, clients: int, seconds: 
         p50_ms=percentile_ms(answers, 50),
         mean_batch=grown["normgate_batch_size_sum"] / batches,
         forward_s=grown["normgate_stage_seconds_sumforward"] / batches,
-        cpu_s=grown["cpu"] / len(answers),
+        cpu_s=grown[CPU] / len(answers),
         times_s=tuple(answer.seconds for answer in answers) if clients == 1 else (),
     )
 
@@ -266,7 +231,7 @@ def _on_one_core(server: Server, case: Case, *, seconds: float) -> dict[str, Any
     opens = [
         opened(server, requests, load=load, rate=load * capacity, seconds=seconds) for load in LOADS
     ]
-    metrics = _get(f"{server.url}/metrics")
+    metrics = fetch(server.url)
     memory = psutil.Process(server.pid).memory_info().rss / _MIB
     # Asked again: a machine that others use is not the same all the time.
     after = closed(server, requests, clients=CLIENTS[-1], seconds=seconds / 2)
@@ -277,7 +242,7 @@ def _on_one_core(server: Server, case: Case, *, seconds: float) -> dict[str, Any
         "overload": asdict(overload(server, requests, capacity=after.rate, seconds=seconds)),
         "request_bytes": statistics.mean(map(len, requests)),
         "answer_bytes": _answer_bytes(server, case.images[0]),
-        "series": sum(1 for _ in _samples(metrics)),
+        "series": sum(1 for _ in samples(metrics)),
         "metrics_bytes": len(metrics),
         "resident_mib": memory,
     }
