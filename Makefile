@@ -91,7 +91,7 @@ bench: data peers
 
 # The same tables on the first GPU, where there is one.
 bench-gpu: data peers
-	$(BIN)/python -m benchmarks.bench --part cases --device cuda:0
+	$(BIN)/python -m benchmarks.bench --part cases --part gate --device cuda:0
 
 # Memory under an hour of load.
 soak: data

@@ -1,5 +1,6 @@
 """A recorder for the CPU: what it replays is computed anew, into the same memory."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,18 +13,14 @@ from app.core.recorded_engine import Pass, Recording
 class EagerRecorder:
     """Keeps to the rules of a GPU's recordings and remembers what was recorded and replayed."""
 
+    passes = 2
+
     def __init__(self, size: int, side: int) -> None:
         self.inputs = torch.full((size, 3, side, side), 255, dtype=torch.uint8)
         self.recorded: list[int] = []
         self.replayed: list[int] = []
-        self._is_running = False
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Where the rest has to happen."""
-        self._is_running = True
-        yield
-        self._is_running = False
+        self.sent: list[int] = []
+        self._running = threading.Lock()
 
     def record(self, run: Pass, size: int) -> Recording:
         """The pass, whose results are overwritten by each replay."""
@@ -31,19 +28,48 @@ class EagerRecorder:
         outputs = tuple(output.clone() for output in run(self.inputs[:size]))
 
         def replay() -> None:
-            assert self._is_running
+            assert self.is_running
             self.replayed.append(size)
             for output, found in zip(outputs, run(self.inputs[:size]), strict=True):
                 output.copy_(found)
 
         return Recording(replay, outputs)
 
-    def put(self, images: Tensor) -> None:
-        """Copy images to the first of the inputs."""
-        assert self._is_running
-        self.inputs[: len(images)].copy_(images)
+    @contextmanager
+    def sending(self, images: Tensor) -> Iterator["EagerTransfer"]:
+        """The images, as they are now."""
+        self.sent.append(len(images))
+        yield EagerTransfer(self, images.clone())
 
-    def take(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Copies of the results."""
-        assert self._is_running
-        return tuple(output.clone() for output in outputs)
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Where replays are, and what is put and taken; of one thread at a time."""
+        with self._running:
+            yield
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a thread is in :meth:`running`."""
+        return self._running.locked()
+
+
+class EagerTransfer:
+    """A batch that is there at once, like its results."""
+
+    def __init__(self, recorder: EagerRecorder, images: Tensor) -> None:
+        self._recorder, self._images = recorder, images
+        self._results: tuple[Tensor, ...] = ()
+
+    def put(self, inputs: Tensor) -> None:
+        """Copy the images to the recorder's inputs."""
+        assert self._recorder.is_running
+        inputs.copy_(self._images)
+
+    def take(self, outputs: tuple[Tensor, ...]) -> None:
+        """Copy the results."""
+        assert self._recorder.is_running
+        self._results = tuple(output.clone() for output in outputs)
+
+    def results(self) -> tuple[Tensor, ...]:
+        """The copies."""
+        return self._results

@@ -3,8 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from app.core.blocks import Block
 from app.core.cuda import PinnedCopies
@@ -98,6 +100,25 @@ def test_graphs_are_replayed_by_another_thread(tiny_store: Store) -> None:
 
         for scores in answers.result(timeout=60):
             assert scores == pytest.approx(expected, rel=BATCH_TOLERANCE["float32"])
+
+
+def test_batches_under_way_at_once(tiny_store: Store) -> None:
+    """Each of two threads has its own results, of batches of every size in turn."""
+    loaded = tiny_store.load("tiny")
+    images = torch.stack([load(jpeg(seed), loaded.bundle.preprocessing) for seed in range(16)])
+    detector = loaded.detector(device="cuda:0")
+    recorded = loaded.on_cuda_graphs(detector, device="cuda:0", batch_size=8)
+    halves = images[:8], images[8:]
+    expected = [detector.detect(half).scores for half in halves]
+
+    def answers(number: int) -> list[tuple[int, NDArray[np.float32]]]:
+        sizes = [1 + (turn + number) % 8 for turn in range(400)]
+        return [(size, recorded.detect(halves[number][:size]).scores) for size in sizes]
+
+    with ThreadPoolExecutor() as threads:
+        for truth, found in zip(expected, threads.map(answers, range(2), timeout=60), strict=True):
+            for size, scores in found:
+                assert scores == pytest.approx(truth[:size], rel=BATCH_TOLERANCE["float32"])
 
 
 def test_a_network_that_cannot_be_recorded() -> None:

@@ -12,7 +12,7 @@ _PASS_PIXELS: Final = 4 * 224 * 224
 """Images with more pixels in all have activations that leave the caches: MobileNetV3 then takes a
 quarter more time an image, or more."""
 MOST_PASSES: Final = 2
-"""Forward passes at once on the CPU."""
+"""Forward passes under way at once on one device."""
 _TINY_SIDE: Final = 64
 _LOWER_BY: Final = 5
 # Not by a CDLL, which lets the interpreter's lock go for every call.

@@ -24,18 +24,6 @@ class PinnedCopies:
 
     def to_device(self, images: Tensor) -> Tensor:
         """The images on the device, ready for the current stream."""
-        with torch.cuda.stream(self._stream):
-            arrived = torch.empty(images.shape, dtype=torch.uint8, device=self._device)
-        self.fill(arrived, images)
-        # Its memory belongs to the copying stream: without this it could be given out again there.
-        arrived.record_stream(torch.cuda.current_stream(self._device))
-        return arrived
-
-    def fill(self, arrived: Tensor, images: Tensor) -> None:
-        """Copy images to a tensor on the device, for the current stream to read.
-
-        Nothing that runs on the device may still read what the tensor held.
-        """
         self._slot = slot = (self._slot + 1) % _SLOTS
         # The buffer may still be read by the copy before the last.
         self._copied[slot].synchronize()
@@ -43,6 +31,10 @@ class PinnedCopies:
             self._buffers[slot] = torch.empty(images.numel(), dtype=torch.uint8).pin_memory()
         pinned = self._buffers[slot][: images.numel()].view(images.shape).copy_(images)
         with torch.cuda.stream(self._stream):
-            arrived.copy_(pinned, non_blocking=True)
+            arrived = pinned.to(self._device, non_blocking=True)
             self._copied[slot].record(self._stream)
-        torch.cuda.current_stream(self._device).wait_event(self._copied[slot])
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_event(self._copied[slot])
+        # Its memory belongs to the copying stream: without this it could be given out again there.
+        arrived.record_stream(computing)
+        return arrived

@@ -189,7 +189,8 @@ class Detector:
             UnfitEngineError: what the network does depends on the images' values.
         """
         assert isinstance(self._engine, TorchEngine)
-        return self.on_engine(RecordedEngine(self._engine, recorder))
+        engine = RecordedEngine(self._engine, recorder)
+        return self.on_engine(engine, passes=recorder.passes)
 
     @torch.inference_mode()
     def detect(self, images: Tensor) -> Detections:

@@ -36,29 +36,42 @@ class Recording:
     outputs: tuple[Tensor, ...]
 
 
-class Recorder(Protocol):
-    """Records passes on one device; for one thread at a time."""
+class Transfer(Protocol):
+    """One batch on its way to the device, and its results on theirs back."""
 
+    def put(self, inputs: Tensor) -> None:
+        """Copy the images to the recorder's inputs, once they are there; while it is running."""
+
+    def take(self, outputs: tuple[Tensor, ...]) -> None:
+        """Begin to bring the results, which the next replay overwrites; while it is running."""
+
+    def results(self) -> tuple[Tensor, ...]:
+        """What was taken, on the CPU, once it is there."""
+
+
+class Recorder(Protocol):
+    """Records passes on one device, and replays them for ``passes`` threads."""
+
+    passes: int
+    """Batches that may be under way: one is computed while others travel."""
     inputs: Tensor
     """``[N, 3, crop, crop]`` uint8: a recorded pass over ``B`` images reads the first ``B``."""
-
-    def running(self) -> AbstractContextManager[None]:
-        """Where everything below, and whatever is done to ``inputs``, has to happen."""
 
     def record(self, run: Pass, size: int) -> Recording:
         """The pass over the first ``size`` of ``inputs``."""
 
-    def put(self, images: Tensor) -> None:
-        """Copy images from the CPU to the first of ``inputs``."""
+    def sending(self, images: Tensor) -> AbstractContextManager[Transfer]:
+        """A batch of at most ``N`` images that travels whatever the device computes meanwhile."""
 
-    def take(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The results on the CPU, in memory that no later replay writes to."""
+    def running(self) -> AbstractContextManager[None]:
+        """Where replays are, and whatever is done to ``inputs``; of one thread at a time."""
 
 
 class RecordedEngine:
     """Torch's passes, recorded for powers of two up to the largest batch, and for that.
 
-    Its outputs lie on the CPU. A batch larger than the recorder's inputs is run by torch.
+    Its outputs lie on the CPU. A batch larger than the recorder's inputs is run by torch. For as
+    many threads as the recorder.
 
     Args:
         engine: on the recorder's device.
@@ -85,9 +98,10 @@ class RecordedEngine:
         """As :meth:`app.core.engines.Engine.run`."""
         size = size_for(len(images), self._whole)
         if size is None:
-            found = self._engine.run(images)
-            features = None if found.features is None else found.features.cpu()
-            return Outputs(found.feature_norms.cpu(), found.logits.cpu(), features)
+            with self._recorder.running():
+                found = self._engine.run(images)
+                features = None if found.features is None else found.features.cpu()
+                return Outputs(found.feature_norms.cpu(), found.logits.cpu(), features)
         return Outputs(*self._replay(self._whole[size], images, size=size))
 
     @torch.inference_mode()
@@ -95,18 +109,22 @@ class RecordedEngine:
         """As :meth:`app.core.engines.Engine.run_to_block`."""
         size = size_for(len(images), self._gate)
         if size is None:
-            return self._engine.run_to_block(images).cpu()
+            with self._recorder.running():
+                return self._engine.run_to_block(images).cpu()
         [norms] = self._replay(self._gate[size], images, size=size)
         return norms
 
     def _replay(self, recording: Recording, images: Tensor, *, size: int) -> tuple[Tensor, ...]:
-        count = len(images)
-        with self._recorder.running():
-            self._recorder.put(images)
-            # Not what an earlier batch left there: a pass depends on its own images alone.
-            self._recorder.inputs[count:size].zero_()
-            recording.replay()
-            return self._recorder.take(tuple(output[:count] for output in recording.outputs))
+        count, inputs = len(images), self._recorder.inputs
+        with self._recorder.sending(images) as transfer:
+            with self._recorder.running():
+                transfer.put(inputs[:count])
+                # Not what an earlier batch left there: a pass depends on its own images alone.
+                inputs[count:size].zero_()
+                recording.replay()
+                transfer.take(tuple(output[:count] for output in recording.outputs))
+            # Not while it is running: the next batch is computed while this thread waits.
+            return transfer.results()
 
 
 def batch_sizes(largest: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
+from app.core.cores import MOST_PASSES
 from app.core.images import Preprocessing
 from app.errors import (
     ForwardError,
@@ -42,7 +43,6 @@ from app.serving.worker import (
     device_names,
     has_spare,
     splits,
-    threads_of,
 )
 from app.settings import Settings
 
@@ -108,7 +108,7 @@ class ScoringService:
         self._workers = [
             Worker(device, self._batcher, metrics, number=number, spare=spares.get(device))
             for device in devices
-            for number in range(threads_of(device))
+            for number in range(MOST_PASSES)
         ]
         self._workers += spares.values()
         self._in_loop = Worker(_CPU, self._batcher, metrics)

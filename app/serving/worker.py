@@ -69,13 +69,16 @@ def batch_size_of(key: Hashable) -> int:
 def batches_of(key: Hashable, device: str) -> int:
     """Most batches of that :class:`Work` at once on a device, parts of them aside."""
     assert isinstance(key, Work)
-    return 1 if key.model.has_tiny_images else key.model.detectors[device].passes
+    if device == "cpu" and key.model.has_tiny_images:
+        return 1
+    return key.model.detectors[device].passes
 
 
 def splits(key: Hashable, device: str) -> bool:
     """Whether a batch of that :class:`Work` may leave a part to a spare thread of a device."""
     assert isinstance(key, Work)
-    return key.model.has_tiny_images and key.model.detectors[device].passes > 1
+    may_split = device == "cpu" and key.model.has_tiny_images
+    return may_split and key.model.detectors[device].passes > 1
 
 
 ImageBatcher = Batcher[Tensor, Detection]
@@ -191,7 +194,7 @@ class SpareWorker(Worker):
     """
 
     def __init__(self, device: str, batcher: ImageBatcher, metrics: Metrics) -> None:
-        super().__init__(device, batcher, metrics, number=threads_of(device))
+        super().__init__(device, batcher, metrics, number=MOST_PASSES)
         self._kept_off: int | None = None
 
     def keep_off(self, core: int | None) -> None:
@@ -216,11 +219,6 @@ def compute_on(threads: int | None) -> None:
     loop or a decoder has one: a forward pass can take twenty times as long.
     """
     torch.set_num_threads(threads or max(1, usable_cores() - 1))
-
-
-def threads_of(device: str) -> int:
-    """How many workers a device should have; a GPU runs one batch after the other anyway."""
-    return MOST_PASSES if device == "cpu" else 1
 
 
 def has_spare(device: str) -> bool:

@@ -85,7 +85,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of a measurement; default: the case's")
     parser.add_argument("--append", action="store_true", help="add turns to those of the last run")
     parser.add_argument("--quick", action="store_true", help="one turn of 1 s, two loads")
-    parser.add_argument("--device", default="cpu", help="of the cases, such as cuda:0")
+    parser.add_argument("--device", default="cpu", help="of the cases and the gate, such as cuda:0")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="of the JSON")
     parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs instead of the data set")
     return parser.parse_args()
@@ -117,8 +117,7 @@ def _cases(arguments: argparse.Namespace, console: Console) -> None:
     )
     for name in arguments.case or NAMES:
         case = replace(make_case(name, images=arguments.images), device=arguments.device)
-        # The table of goals is for the CPU.
-        file = name if case.device == "cpu" else f"{name}-{case.device.replace(':', '')}"
+        file = _on_device(name, arguments)
         before = _turns_before(file, arguments)
         # What was measured stays, whatever ends the next turn.
         for found in measure_case(case, options, report=_report):
@@ -130,9 +129,13 @@ def _cases(arguments: argparse.Namespace, console: Console) -> None:
 def _gate(arguments: argparse.Namespace, console: Console) -> None:
     turns = arguments.turns or (1 if arguments.quick else _TURNS)
     result = early_exit.measure_early_exit(
-        turns=turns, seconds=1 if arguments.quick else arguments.seconds, report=_report
+        turns=turns,
+        seconds=1 if arguments.quick else arguments.seconds,
+        device=arguments.device,
+        report=_report,
     )
-    result = _write("gate", result, arguments, before=_turns_before("gate", arguments))
+    file = _on_device("gate", arguments)
+    result = _write(file, result, arguments, before=_turns_before(file, arguments))
     table.print_goals(table.as_json(early_exit.early_exit_goals(result)), console)
 
 
@@ -153,6 +156,12 @@ def _outside(part: str, arguments: argparse.Namespace, console: Console) -> None
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *quick], cwd=ROOT)
     if done.returncode:
         console.print(f"[red]{part} failed with {done.returncode}[/red]")
+
+
+def _on_device(name: str, arguments: argparse.Namespace) -> str:
+    """The name of a result: the table of goals is for the CPU."""
+    device: str = arguments.device
+    return name if device == "cpu" else f"{name}-{device.replace(':', '')}"
 
 
 def _table(folder: Path, console: Console) -> None:

@@ -1,5 +1,6 @@
 """Detectors on every engine that NormGate can run here, for use without its server."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -11,14 +12,15 @@ from app.core.onnx_engine import OnnxEngine
 from app.core.onnx_graph import LOGITS, Graph, Graphs
 from app.errors import EngineError
 from app.store import GRAPHS_FOLDER, LoadedBundle, Store
+from benchmarks.bench.cases import MAX_BATCH_SIZE
 
-Engine = Literal["torch", "onnxruntime"]
+Engine = Literal["torch", "onnxruntime", "cuda_graphs"]
 
 CPU: Final = "cpu"
 
 
 def served(loaded: LoadedBundle, *, device: str) -> Detector:
-    """The detector that the service would run: ONNX Runtime's where it can be, or torch's.
+    """The detector that the service would run: ONNX Runtime's, CUDA graphs', or torch's.
 
     Args:
         loaded: the bundle.
@@ -27,6 +29,9 @@ def served(loaded: LoadedBundle, *, device: str) -> Detector:
     detector = loaded.detector(device=device)
     if device == CPU and has_onnxruntime(loaded):
         return loaded.on_onnxruntime(detector)
+    if device != CPU:
+        with suppress(EngineError):
+            return loaded.on_cuda_graphs(detector, device=device, batch_size=MAX_BATCH_SIZE)
     return detector
 
 
@@ -55,6 +60,8 @@ class Loader:
         self.engines: tuple[Engine, ...] = ("torch",)
         if device == CPU and has_onnxruntime(self._loaded):
             self.engines = ("torch", "onnxruntime")
+        if served(self._loaded, device=device).engine == "cuda_graphs":
+            self.engines = ("torch", "cuda_graphs")
 
     def detector(self, *, engine: Engine, threads: int) -> Detector:
         """A detector of its own network.
@@ -65,7 +72,9 @@ class Loader:
         """
         torch.set_num_threads(threads)
         detector = self._loaded.detector(device=self._device)
-        return detector if engine == "torch" else self._loaded.on_onnxruntime(detector)
+        if engine == "onnxruntime":
+            return self._loaded.on_onnxruntime(detector)
+        return detector if engine == "torch" else served(self._loaded, device=self._device)
 
 
 def logits_session(loaded: LoadedBundle, *, threads: int) -> Any:

@@ -18,11 +18,13 @@ _STATUSES: Final = {"full": (200,), "gate": (200, 403)}
 _PATHS: Final = {"full": "/v1/score", "gate": "/v1/gate"}
 
 
-def measure_early_exit(*, turns: int, seconds: float | None, report: Report) -> dict[str, Any]:
+def measure_early_exit(
+    *, turns: int, seconds: float | None, device: str = "cpu", report: Report
+) -> dict[str, Any]:
     """Gate and full answer of one server, in turns, and the FLOPs of both."""
     photographs = make_case(NETWORK)
     store = photographs_store(NETWORK, blocks=BLOCK)
-    case = Case(**vars(photographs) | {"store": store, "name": "early-exit"})
+    case = Case(**vars(photographs) | {"store": store, "name": "early-exit", "device": device})
     images = [file.read_bytes() for file in case.images]
     found: list[Turn] = []
     with running(normgate(), case) as server:

@@ -1,8 +1,7 @@
 """``normgate`` whose detectors only classify: the same server, to price the OOD score.
 
 No hook reads a block, nothing is compared with the calibration; the answers carry constants where
-a verdict would be. The engine is the one that the service would choose by default; on a GPU torch
-runs the network, without graphs.
+a verdict would be. The engine is the one that the service would choose by default.
 """
 
 import sys
@@ -11,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app import cli
 from app.core.cores import passes_at_once, threads_a_pass, usable_cores
+from app.core.cuda_graphs import CudaRecorder
 from app.core.detector import Detections, Detector
-from app.core.engines import EngineName
+from app.core.engines import EngineName, TorchEngine
 from app.core.onnx_graph import INPUT
+from app.core.recorded_engine import RecordedEngine
 from app.store import LoadedBundle
 from benchmarks.bench.detectors import has_onnxruntime, logits_session
 
@@ -80,6 +81,33 @@ def on_torch(loaded: LoadedBundle, detector: Detector) -> Classifier:
     return Classifier(logits, engine="torch")
 
 
+class _NetworkAlone(TorchEngine):
+    """Gives the logits, and the first of them for a FeatureNorm."""
+
+    def __init__(self, loaded: LoadedBundle, network: nn.Module) -> None:
+        bundle = loaded.bundle
+        block, preprocessing = bundle.norm_ratios.selected, bundle.preprocessing
+        super().__init__(network, block=block, preprocessing=preprocessing)
+        self._network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        logits = self._network(self._normalise(images)).float()
+        return logits[:, 0], logits
+
+    def forward_to_block(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.forward(images)[:1]
+
+
+def on_cuda_graphs(loaded: LoadedBundle, *, device: str, batch_size: int) -> Classifier:
+    """The network alone, recorded."""
+    side = loaded.bundle.preprocessing.crop
+    recorder = CudaRecorder(torch.device(device), size=batch_size, side=side)
+    network = loaded.detector(device=device).network
+    engine = RecordedEngine(_NetworkAlone(loaded, network), recorder)
+    passes = recorder.passes
+    return Classifier(lambda images: engine.run(images).logits, engine=engine.name, passes=passes)
+
+
 def on_onnxruntime(loaded: LoadedBundle) -> Classifier:
     """The network alone, as ONNX Runtime runs it."""
     threads = threads_a_pass(loaded.bundle.preprocessing.crop)
@@ -105,11 +133,18 @@ def main() -> int:
     def unchanged(loaded: LoadedBundle, found: Classifier, **options: Any) -> Classifier:
         return found
 
+    def recorded(loaded: LoadedBundle, found: Classifier, **options: Any) -> Classifier:
+        restore()
+        try:
+            return on_cuda_graphs(loaded, **options)
+        finally:
+            replace()
+
     def replace() -> None:
         LoadedBundle.detector = classifier  # type: ignore[assignment, method-assign]
         # What runs on ONNX Runtime does so already.
         LoadedBundle.on_onnxruntime = unchanged  # type: ignore[assignment, method-assign]
-        LoadedBundle.on_cuda_graphs = unchanged  # type: ignore[assignment, method-assign]
+        LoadedBundle.on_cuda_graphs = recorded  # type: ignore[assignment, method-assign]
 
     def classifier(loaded: LoadedBundle, *, device: str = "cpu") -> Classifier:
         restore()

@@ -1,6 +1,8 @@
 """Recorded passes: the right size, padded with black, cut to the batch, torch's scores."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from tests.core.test_detector import detector_of, pictures
 from tests.recorder import EagerRecorder
 
 LARGEST = 6
+DEADLINE_S = 10
 SIDE = 32
 
 
@@ -90,6 +93,29 @@ def test_results_outlive_the_next_batch(network: nn.Module, block: Block) -> Non
 
     np.testing.assert_array_equal(first.scores, before[0])
     np.testing.assert_array_equal(first.logits, before[1])
+
+
+def test_a_batch_travels_while_another_is_computed(network: nn.Module, block: Block) -> None:
+    """Its images are sent meanwhile, and each thread has the results of its own."""
+    recorder = EagerRecorder(4, SIDE)
+    detector = detector_of(network, block, CIFAR_PREPROCESSING)
+    recorded = detector.recorded(recorder)
+    first, second = pictures(2), pictures(4, first=2)
+    expected = [detector.detect(images).scores for images in (first, second)]
+
+    with ThreadPoolExecutor() as threads:
+        with recorder.running():
+            answers = [threads.submit(recorded.detect, images) for images in (first, second)]
+            end = time.monotonic() + DEADLINE_S
+            while len(recorder.sent) < 2:
+                assert time.monotonic() < end
+                time.sleep(0)
+            assert not any(answer.done() for answer in answers)
+
+        for scores, answer in zip(expected, answers, strict=True):
+            found = answer.result(DEADLINE_S).scores
+            np.testing.assert_allclose(found, scores, rtol=ENGINE_TOLERANCE["float32"])
+    assert recorded.passes == recorder.passes
 
 
 def _by_value(images: Tensor) -> tuple[Tensor, ...]:

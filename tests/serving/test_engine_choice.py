@@ -19,7 +19,7 @@ from app.serving.metrics import Metrics
 from app.serving.pool import ModelPool
 from app.settings import Settings
 from app.store import LoadedBundle, Store
-from tests.recorder import EagerRecorder
+from tests.recorder import EagerRecorder, EagerTransfer
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_recordings_that_score_otherwise(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Recordings that forget the images they are given are not used."""
-    monkeypatch.setattr(EagerRecorder, "put", lambda self, images: None)
+    monkeypatch.setattr(EagerTransfer, "put", lambda self, inputs: None)
 
     assert engine_of(load(store, devices=("cuda:0",))) == "torch"
     assert "differs from torch's by" in capsys.readouterr().out

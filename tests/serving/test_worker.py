@@ -21,7 +21,16 @@ from app.serving.batcher import Batcher
 from app.serving.metrics import Metrics
 from app.serving.pool import LoadedModel
 from app.serving.statistics import ModelStatistics
-from app.serving.worker import SpareWorker, Work, Worker, compute_on, device_names, has_spare
+from app.serving.worker import (
+    SpareWorker,
+    Work,
+    Worker,
+    batches_of,
+    compute_on,
+    device_names,
+    has_spare,
+    splits,
+)
 
 DEADLINE_S = 10
 IMAGE = torch.zeros(3, 2, 2, dtype=torch.uint8)
@@ -274,6 +283,26 @@ def test_a_spare_thread_is_kept_off_the_core_of_a_batch(has_tiny_images: bool) -
     run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("device", "has_tiny_images", "batches", "may_split"),
+    [
+        ("cpu", True, 1, True),
+        ("cpu", False, 2, False),
+        ("gpu", True, 2, False),
+        ("gpu", False, 2, False),
+    ],
+)
+def test_how_batches_share_a_device(
+    device: str, has_tiny_images: bool, batches: int, may_split: bool
+) -> None:
+    """Those of tiny images share the CPU as parts of one, and a GPU as all others do."""
+    detectors = {"cpu": OneDetector(), "gpu": OneDetector()}
+    work = Work(replace(model_of(**detectors), has_tiny_images=has_tiny_images))
+
+    assert batches_of(work, device) == batches
+    assert splits(work, device) == may_split
+
+
 def test_devices_are_named() -> None:
     """``cpu`` is always there; a GPU that is not there is told with its name."""
     assert list(device_names("cpu")) == ["cpu"]
@@ -306,7 +335,7 @@ def test_a_core_is_left_to_the_event_loop() -> None:
 
 
 def test_a_device_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads on one device would share its detectors."""
+    """It would else have twice as many threads as its detectors are for."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
     assert list(device_names("cuda,cuda:1,cuda:0")) == ["cuda:0", "cuda:1"]
