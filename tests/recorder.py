@@ -1,5 +1,6 @@
 """A recorder for the CPU: what it replays is computed anew, into the same memory."""
 
+import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,11 @@ class EagerRecorder:
         self.inputs = torch.full((size, 3, side, side), 255, dtype=torch.uint8)
         self.recorded: list[int] = []
         self.replayed: list[int] = []
-        self.sent: list[int] = []
-        self._running = threading.Lock()
+        self.sent: queue.SimpleQueue[int] = queue.SimpleQueue()
+        """How many images of each batch, when it is sent."""
+        self._under_way = threading.Semaphore(self.passes)
+        self._turn = threading.Lock()
+        self._runs_in: int | None = None
 
     def record(self, run: Pass, size: int) -> Recording:
         """The pass, whose results are overwritten by each replay."""
@@ -38,19 +42,24 @@ class EagerRecorder:
     @contextmanager
     def sending(self, images: Tensor) -> Iterator["EagerTransfer"]:
         """The images, as they are now."""
-        self.sent.append(len(images))
-        yield EagerTransfer(self, images.clone())
+        with self._under_way:
+            self.sent.put(len(images))
+            yield EagerTransfer(self, images.clone())
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Where replays are, and what is put and taken; of one thread at a time."""
-        with self._running:
-            yield
+        with self._turn:
+            self._runs_in = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._runs_in = None
 
     @property
     def is_running(self) -> bool:
-        """Whether a thread is in :meth:`running`."""
-        return self._running.locked()
+        """Whether the calling thread is in :meth:`running`."""
+        return self._runs_in == threading.get_ident()
 
 
 class EagerTransfer:
@@ -71,5 +80,6 @@ class EagerTransfer:
         self._results = tuple(output.clone() for output in outputs)
 
     def results(self) -> tuple[Tensor, ...]:
-        """The copies."""
+        """The copies; not while another batch could be computed."""
+        assert not self._recorder.is_running
         return self._results

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from app.core.blocks import Block
-from app.core.cuda import PinnedCopies
+from app.core.cuda import PinnedCopies, streams_of
 from app.core.cuda_graphs import CudaRecorder
 from app.core.detector import BATCH_TOLERANCE
 from app.core.engines import TorchEngine
@@ -87,7 +87,7 @@ def test_graphs_score_alike(request: pytest.FixtureRequest, name: str) -> None:
 
 
 def test_graphs_are_replayed_by_another_thread(tiny_store: Store) -> None:
-    """What the loading thread recorded a worker replays, while a second version is recorded."""
+    """What the loading thread recorded workers replay, while a second version is recorded."""
     loaded = tiny_store.load("tiny")
     images = torch.stack([load(jpeg(seed), loaded.bundle.preprocessing) for seed in range(8)])
     detector = loaded.detector(device="cuda:0")
@@ -95,11 +95,26 @@ def test_graphs_are_replayed_by_another_thread(tiny_store: Store) -> None:
     expected = detector.detect(images).scores
 
     with ThreadPoolExecutor() as threads:
-        answers = threads.submit(lambda: [recorded.detect(images).scores for _ in range(200)])
+        senders = [
+            threads.submit(lambda: [recorded.detect(images).scores for _ in range(200)])
+            for _ in range(recorded.passes)
+        ]
         loaded.on_cuda_graphs(loaded.detector(device="cuda:0"), device="cuda:0", batch_size=8)
 
-        for scores in answers.result(timeout=60):
-            assert scores == pytest.approx(expected, rel=BATCH_TOLERANCE["float32"])
+        for answers in senders:
+            for scores in answers.result(timeout=60):
+                assert scores == pytest.approx(expected, rel=BATCH_TOLERANCE["float32"])
+
+
+def test_versions_share_the_streams_of_a_gpu() -> None:
+    """However many are loaded, none is recorded on a stream that another uses for copies."""
+    device = torch.device("cuda:0")
+    recorders = [CudaRecorder(device, size=1, side=32) for _ in range(40)]
+
+    assert {recorder._stream.cuda_stream for recorder in recorders} == {
+        streams_of(device).computing.cuda_stream
+    }
+    assert streams_of(device).computing != streams_of(device).copying
 
 
 def test_batches_under_way_at_once(tiny_store: Store) -> None:

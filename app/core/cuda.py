@@ -1,5 +1,7 @@
 """Batches that arrive on a GPU early."""
 
+import threading
+from functools import cache
 from typing import Final
 
 import torch
@@ -8,8 +10,34 @@ from torch import Tensor
 _SLOTS: Final = 2
 
 
+class Streams:
+    """What all detectors of one GPU share; of :func:`streams_of`.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.copying = torch.cuda.Stream(device)
+        """For batches, which come beside what is computed."""
+        self.computing = torch.cuda.Stream(device)
+        """For graphs: what is recorded and replayed there shares the memory of libraries."""
+        self.turn = threading.Lock()
+        """Held by who puts something on the computing stream."""
+
+
+@cache
+def streams_of(device: torch.device) -> Streams:
+    """The streams of a GPU, always the same.
+
+    torch gives out 32 in turn: made anew for every detector, one that a graph is recorded on would
+    some day be another's, in use.
+    """
+    return Streams(device)
+
+
 class PinnedCopies:
-    """Carries uint8 batches to a GPU through page-locked buffers, on a stream of their own.
+    """Carries uint8 batches to a GPU through page-locked buffers, on the stream for copies.
 
     The copy of a batch runs beside what the device still computes; the caller's stream waits for
     the copy alone. For one thread.
@@ -17,7 +45,7 @@ class PinnedCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = streams_of(device).copying
         self._buffers = [torch.empty(0, dtype=torch.uint8).pin_memory() for _ in range(_SLOTS)]
         self._copied = [torch.cuda.Event() for _ in range(_SLOTS)]
         self._slot = 0

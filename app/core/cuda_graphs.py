@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from app.core.cores import MOST_PASSES
+from app.core.cuda import streams_of
 from app.core.recorded_engine import Pass, Recording
 
 _WARM_UPS: Final = 3
@@ -21,8 +22,8 @@ _RECORDING: Final = threading.Lock()
 class CudaRecorder:
     """Records forward passes as CUDA graphs; see :class:`app.core.recorded_engine.Recorder`.
 
-    They compute on one stream, one after the other. Batches come on another, each by way of
-    page-locked memory of its own, and results go to page-locked memory.
+    All of a device compute on one stream, one after the other. Batches come on another, each by
+    way of page-locked memory of its own, and results go to page-locked memory.
 
     Args:
         device: a GPU.
@@ -33,16 +34,18 @@ class CudaRecorder:
     passes = MOST_PASSES
 
     def __init__(self, device: torch.device, *, size: int, side: int) -> None:
-        self._stream = torch.cuda.Stream(device)
-        copying = torch.cuda.Stream(device)
+        streams = streams_of(device)
+        self._stream, self._turn = streams.computing, streams.turn
         # The graphs take turns, so what one needs on its way the others may use too.
         self._memory = torch.cuda.graph_pool_handle()
-        self._turn = threading.Lock()
         self.inputs = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
         self._free: queue.SimpleQueue[CudaTransfer] = queue.SimpleQueue()
         for _ in range(self.passes):
-            self._free.put(CudaTransfer(self.inputs, copying=copying, computing=self._stream))
-        for stream in (self._stream, copying):
+            transfer = CudaTransfer(
+                self.inputs, copying=streams.copying, computing=streams.computing
+            )
+            self._free.put(transfer)
+        for stream in (streams.computing, streams.copying):
             stream.wait_stream(torch.cuda.current_stream(device))
 
     def record(self, run: Pass, size: int) -> Recording:
@@ -102,7 +105,8 @@ class CudaTransfer:
 
     def send(self, images: Tensor) -> None:
         """Begin to copy images to the device."""
-        # After a batch that failed on its way the memory may still be read.
+        # After a batch that failed on its way the page-locked memory may still be read. So may what
+        # had arrived, but nobody waits for what becomes of that.
         self._copied.synchronize()
         count = len(images)
         self._pinned[:count].copy_(images)

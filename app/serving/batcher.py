@@ -288,6 +288,8 @@ class Batcher(Generic[Item, Result]):
         max_wait_s: how long a free thread waits for a batch to fill; 0 never delays.
         batch_size_of: of items of that key, where it is smaller.
         batches_of: batches that one device may run at once while one of that key is among them.
+        computes_in_turn: whether a device computes one batch after the other. What arrives while it
+            does gathers; a full batch may be sent ahead, where no other device is free.
         splits: whether a batch of that key may leave a part to a spare thread of the device.
         on_drop: told of items that left the queue unanswered.
         lag_s: how long an item has waited already when it is heard of.
@@ -303,6 +305,7 @@ class Batcher(Generic[Item, Result]):
         max_wait_s: float = 0,
         batch_size_of: Callable[[Hashable], int] | None = None,
         batches_of: Callable[[Hashable, str], int] = lambda key, device: 1,
+        computes_in_turn: Callable[[str], bool] = lambda device: False,
         splits: Callable[[Hashable, str], bool] = lambda key, device: False,
         on_drop: Callable[[DropReason, int], None] = lambda reason, count: None,
         lag_s: Callable[[], float] = lambda: 0.0,
@@ -314,6 +317,7 @@ class Batcher(Generic[Item, Result]):
         self._max_wait_s = max_wait_s
         self._batch_size_of = batch_size_of or (lambda key: max_batch_size)
         self._batches_of = batches_of
+        self._computes_in_turn = computes_in_turn
         self._splits = splits
         self._running: defaultdict[str, list[_Lane]] = defaultdict(list)
         """Of the batches under way on a device, parts of them aside."""
@@ -519,7 +523,18 @@ class Batcher(Generic[Item, Result]):
         if lane is None or not running:
             return None if lane and lane.is_background and self._running_parts[device] else lane
         most = min(self._batches_of(other.key, device) for other in [lane, *running])
-        return lane if not lane.is_background and len(running) < most else None
+        if lane.is_background or len(running) >= most:
+            return None
+        return lane if self._is_worth_a_batch_more(lane, device) else None
+
+    def _is_worth_a_batch_more(self, lane: _Lane, device: str) -> bool:
+        """Whether a device that is busy should have another batch now."""
+        if not self._computes_in_turn(device):
+            return True
+        is_full = len(self._queues[lane]) >= self._batch_size(lane)
+        return is_full and not any(
+            idle and not self._running[other] for other, idle in self._idle.items()
+        )
 
     def _first_lane(self) -> _Lane | None:
         return min(

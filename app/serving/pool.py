@@ -45,7 +45,7 @@ from app.store import Bundle, LoadedBundle, Pointer, Store
 logger: Final = structlog.get_logger(__name__)
 
 _TIMED_PASSES: Final = 5
-"""Of a tiny image, one of which at least something else of the machine will not have held up."""
+"""Of a tiny image; the shortest counts, for the others something else may have held up."""
 
 State = Literal["active", "loaded", "shadow", "stored", "failed"]
 

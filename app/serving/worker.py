@@ -74,6 +74,11 @@ def batches_of(key: Hashable, device: str) -> int:
     return key.model.detectors[device].passes
 
 
+def computes_in_turn(device: str) -> bool:
+    """Whether a device computes one batch after the other, while others travel to it."""
+    return device != "cpu"
+
+
 def splits(key: Hashable, device: str) -> bool:
     """Whether a batch of that :class:`Work` may leave a part to a spare thread of a device."""
     assert isinstance(key, Work)

@@ -1,6 +1,6 @@
 """Detectors on every engine that NormGate can run here, for use without its server."""
 
-from contextlib import suppress
+import sys
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,10 +29,16 @@ def served(loaded: LoadedBundle, *, device: str) -> Detector:
     detector = loaded.detector(device=device)
     if device == CPU and has_onnxruntime(loaded):
         return loaded.on_onnxruntime(detector)
-    if device != CPU:
-        with suppress(EngineError):
-            return loaded.on_cuda_graphs(detector, device=device, batch_size=MAX_BATCH_SIZE)
-    return detector
+    return detector if device == CPU else on_cuda_graphs(loaded, detector, device=device)
+
+
+def on_cuda_graphs(loaded: LoadedBundle, detector: Detector, *, device: str) -> Detector:
+    """The same on CUDA graphs, or itself where they cannot be; it then says why."""
+    try:
+        return loaded.on_cuda_graphs(detector, device=device, batch_size=MAX_BATCH_SIZE)
+    except EngineError as error:
+        print(f"torch runs the network: {error}", file=sys.stderr)
+        return detector
 
 
 def has_onnxruntime(loaded: LoadedBundle) -> bool:
@@ -60,7 +66,7 @@ class Loader:
         self.engines: tuple[Engine, ...] = ("torch",)
         if device == CPU and has_onnxruntime(self._loaded):
             self.engines = ("torch", "onnxruntime")
-        if served(self._loaded, device=device).engine == "cuda_graphs":
+        if device != CPU:
             self.engines = ("torch", "cuda_graphs")
 
     def detector(self, *, engine: Engine, threads: int) -> Detector:
@@ -74,7 +80,9 @@ class Loader:
         detector = self._loaded.detector(device=self._device)
         if engine == "onnxruntime":
             return self._loaded.on_onnxruntime(detector)
-        return detector if engine == "torch" else served(self._loaded, device=self._device)
+        if engine == "cuda_graphs":
+            return on_cuda_graphs(self._loaded, detector, device=self._device)
+        return detector
 
 
 def logits_session(loaded: LoadedBundle, *, threads: int) -> Any:

@@ -92,7 +92,7 @@ class _NetworkAlone(TorchEngine):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         logits = self._network(self._normalise(images)).float()
-        return logits[:, 0], logits
+        return logits[:, 0].contiguous(), logits
 
     def forward_to_block(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.forward(images)[:1]

@@ -125,7 +125,7 @@ class Ours:
     def __init__(self, loaded: LoadedBundle, *, device: str) -> None:
         self._bundle = loaded.bundle
         self._detector = served(loaded, device=device)
-        self._one_at_a_time = threading.Lock()
+        self._passes = threading.Semaphore(self._detector.passes)
 
     def prepare(self, data: bytes) -> Tensor:
         """``[3, crop, crop]`` uint8."""
@@ -140,7 +140,7 @@ class Ours:
         ]
 
     def _pass(self, images: Sequence[Tensor]) -> list[Answer]:
-        with self._one_at_a_time:
+        with self._passes:
             found = self._detector.detect(torch.stack(list(images)))
         exponentials = np.exp(found.logits - found.logits.max(axis=1, keepdims=True))
         best = exponentials.max(axis=1) / exponentials.sum(axis=1)

@@ -1,6 +1,5 @@
 """Recorded passes: the right size, padded with black, cut to the batch, torch's scores."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -106,16 +105,42 @@ def test_a_batch_travels_while_another_is_computed(network: nn.Module, block: Bl
     with ThreadPoolExecutor() as threads:
         with recorder.running():
             answers = [threads.submit(recorded.detect, images) for images in (first, second)]
-            end = time.monotonic() + DEADLINE_S
-            while len(recorder.sent) < 2:
-                assert time.monotonic() < end
-                time.sleep(0)
+            assert {recorder.sent.get(timeout=DEADLINE_S) for _ in answers} == {2, 4}
             assert not any(answer.done() for answer in answers)
 
         for scores, answer in zip(expected, answers, strict=True):
             found = answer.result(DEADLINE_S).scores
             np.testing.assert_allclose(found, scores, rtol=ENGINE_TOLERANCE["float32"])
     assert recorded.passes == recorder.passes
+
+
+def test_more_threads_than_batches_under_way(network: nn.Module, block: Block) -> None:
+    """Those beyond wait for one to end; each has the results of its own images."""
+    recorder = EagerRecorder(4, SIDE)
+    detector = detector_of(network, block, CIFAR_PREPROCESSING)
+    recorded = detector.recorded(recorder)
+    batches = [pictures(1 + number % 4, first=number) for number in range(24)]
+    expected = [detector.detect(images).scores for images in batches]
+
+    with ThreadPoolExecutor(2 * recorder.passes) as threads:
+        answers = list(threads.map(recorded.detect, batches, timeout=DEADLINE_S))
+
+    for answer, scores in zip(answers, expected, strict=True):
+        np.testing.assert_allclose(answer.scores, scores, rtol=ENGINE_TOLERANCE["float32"])
+
+
+def test_a_pass_that_fails_leaves_room_for_the_next(network: nn.Module, block: Block) -> None:
+    """However many failed, the next batch is sent and computed."""
+    recorder = EagerRecorder(4, SIDE)
+    recorded = detector_of(network, block, CIFAR_PREPROCESSING).recorded(recorder)
+    scores = recorded.detect(pictures(4)).scores
+    too_small = torch.zeros(4, 3, SIDE // 2, SIDE // 2, dtype=torch.uint8)
+
+    for _ in range(2 * recorder.passes):
+        with pytest.raises(RuntimeError):
+            recorded.detect(too_small)
+
+    np.testing.assert_array_equal(recorded.detect(pictures(4)).scores, scores)
 
 
 def _by_value(images: Tensor) -> tuple[Tensor, ...]:

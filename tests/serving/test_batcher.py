@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import queue
 import threading
 import time
 import weakref
@@ -544,6 +545,71 @@ def test_two_batches_at_once_where_the_key_allows_it() -> None:
             assert await asyncio.gather(*waiting[1:]) == [[2], [4]]
             first.complete([0])
             assert await waiting[0] == [0]
+
+    run(scenario())
+
+
+def test_a_busy_device_gathers_where_it_computes_in_turn() -> None:
+    """What arrives waits for a full batch, which is sent ahead, or for a time without any."""
+
+    async def scenario() -> None:
+        batcher = numbers(
+            max_batch_size=2,
+            batches_of=lambda key, device: 2,
+            computes_in_turn=lambda device: True,
+        )
+        waiting = await requests(batcher, 1)
+        first = batcher.take("cuda:0")
+        assert first is not None
+        seen: queue.SimpleQueue[Batch[int, int] | None] = queue.SimpleQueue()
+        thread = threading.Thread(target=lambda: seen.put(batcher.take("cuda:0")), daemon=True)
+        thread.start()
+        waiting += await requests(batcher, 1)
+        await until(lambda: batcher._idle["cuda:0"] == 1)
+        assert seen.empty()
+        waiting += [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(2)]
+        second = await asyncio.to_thread(seen.get, timeout=DEADLINE_S)
+        assert second is not None
+        for batch in (first, second):
+            batch.complete(batch.items)
+        third = await asyncio.to_thread(batcher.take, "cuda:0")
+        assert third is not None
+        assert (len(second.items), len(third.items)) == (2, 1)
+        third.complete(third.items)
+        await asyncio.gather(*waiting)
+
+    run(scenario())
+
+
+def test_a_free_device_goes_before_a_busy_one() -> None:
+    """A full batch is not sent ahead to a device while another has nothing to compute."""
+
+    async def scenario() -> None:
+        batcher = numbers(
+            max_batch_size=1,
+            batches_of=lambda key, device: 2,
+            computes_in_turn=lambda device: True,
+        )
+        waiting = await requests(batcher, 1)
+        first = batcher.take("cuda:0")
+        assert first is not None
+        seen: queue.SimpleQueue[tuple[str, Batch[int, int]]] = queue.SimpleQueue()
+
+        def take(device: str) -> None:
+            batch = batcher.take(device)
+            assert batch is not None
+            seen.put((device, batch))
+
+        for device in ("cuda:0", "cuda:1"):
+            threading.Thread(target=take, args=(device,), daemon=True).start()
+        await until(lambda: batcher._idle.total() == 2)
+        for device in ("cuda:1", "cuda:0"):
+            waiting.append(asyncio.ensure_future(batcher.submit("key", [1])))
+            taken_by, batch = await asyncio.to_thread(seen.get, timeout=DEADLINE_S)
+            assert taken_by == device
+            batch.complete([2 * item for item in batch.items])
+        first.complete([0])
+        await asyncio.gather(*waiting)
 
     run(scenario())
 

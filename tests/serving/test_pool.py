@@ -348,3 +348,13 @@ def test_a_damaged_pointer(model: Path) -> None:
 
     store.activate("tiny", 2)
     assert pool.refresh() == [VersionState("tiny", 2, "active")]
+
+
+def test_a_lone_pass_takes_as_long_as_the_shortest(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What holds up one of the timed passes says nothing of those to come."""
+    seconds = iter([0.03, 0.02, 0.001, 0.02, 0.03])
+    monkeypatch.setattr("app.serving.pool._seconds", lambda detector, images: next(seconds))
+
+    assert loaded_pool(model).resolve("tiny").lone_pass_s == 0.001

@@ -27,6 +27,7 @@ from app.serving.worker import (
     Worker,
     batches_of,
     compute_on,
+    computes_in_turn,
     device_names,
     has_spare,
     splits,
@@ -301,6 +302,7 @@ def test_how_batches_share_a_device(
 
     assert batches_of(work, device) == batches
     assert splits(work, device) == may_split
+    assert computes_in_turn(device) == (device != "cpu")
 
 
 def test_devices_are_named() -> None:
