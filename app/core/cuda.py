@@ -1,6 +1,8 @@
 """Batches that arrive on a GPU early."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Final
 
@@ -8,6 +10,26 @@ import torch
 from torch import Tensor
 
 _SLOTS: Final = 2
+
+
+class Turns:
+    """Turns of threads: who has just had one gets no other before somebody who waits.
+
+    A lock does not promise that, and versions are loaded while others serve.
+    """
+
+    def __init__(self) -> None:
+        self._next, self._current = threading.Lock(), threading.Lock()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Its context is the calling thread's turn."""
+        with self._next:
+            self._current.acquire()
+        try:
+            yield
+        finally:
+            self._current.release()
 
 
 class Streams:
@@ -22,8 +44,8 @@ class Streams:
         """For batches, which come beside what is computed."""
         self.computing = torch.cuda.Stream(device)
         """For graphs: what is recorded and replayed there shares the memory of libraries."""
-        self.turn = threading.Lock()
-        """Held by who puts something on the computing stream."""
+        self.turns = Turns()
+        """Of who puts something on the computing stream."""
 
 
 @cache

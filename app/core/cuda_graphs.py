@@ -35,7 +35,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device, *, size: int, side: int) -> None:
         streams = streams_of(device)
-        self._stream, self._turn = streams.computing, streams.turn
+        self._stream, self._turns = streams.computing, streams.turns
         # The graphs take turns, so what one needs on its way the others may use too.
         self._memory = torch.cuda.graph_pool_handle()
         self.inputs = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
@@ -45,8 +45,9 @@ class CudaRecorder:
                 self.inputs, copying=streams.copying, computing=streams.computing
             )
             self._free.put(transfer)
-        for stream in (streams.computing, streams.copying):
-            stream.wait_stream(torch.cuda.current_stream(device))
+        with self._turns.turn():
+            for stream in (streams.computing, streams.copying):
+                stream.wait_stream(torch.cuda.current_stream(device))
 
     def record(self, run: Pass, size: int) -> Recording:
         """The pass over the first ``size`` of ``inputs``, as a graph."""
@@ -59,7 +60,7 @@ class CudaRecorder:
                 graph,
                 pool=self._memory,
                 stream=self._stream,
-                # Other threads go on serving on this device, which by default would be an error.
+                # Other threads go on sending to this device, which by default would be an error.
                 capture_error_mode="thread_local",
             ):
                 outputs = run(images)
@@ -78,7 +79,7 @@ class CudaRecorder:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Everything in it goes to the computing stream, and so to the device."""
-        with self._turn, torch.cuda.stream(self._stream):
+        with self._turns.turn(), torch.cuda.stream(self._stream):
             yield
 
 

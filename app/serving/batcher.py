@@ -1,8 +1,10 @@
 """Dynamic batching between an event loop that submits and threads that take batches.
 
 Work-conserving: a thread that is free takes whatever waits, at once; while all are busy, what
-arrives gathers into the next batch. Nothing polls: threads sleep on a condition, requests on a
-future. An item whose request is gone or late leaves the queue before it reaches a thread.
+arrives gathers into the next batch. A device that computes one batch after the other is busy with
+the first; its other threads send full ones ahead. Nothing polls: threads sleep on a condition,
+requests on a future. An item whose request is gone or late leaves the queue before it reaches a
+thread.
 
 A lone item of the event loop's own may come back to it, to be run at once: see
 :meth:`Submission.put_or_take`.
@@ -532,9 +534,11 @@ class Batcher(Generic[Item, Result]):
         if not self._computes_in_turn(device):
             return True
         is_full = len(self._queues[lane]) >= self._batch_size(lane)
-        return is_full and not any(
+        is_another_free = any(
             idle and not self._running[other] for other, idle in self._idle.items()
         )
+        # What fills a batch that is gathered is that batch's.
+        return is_full and not is_another_free and not self._gathering
 
     def _first_lane(self) -> _Lane | None:
         return min(

@@ -457,8 +457,9 @@ def _saturation() -> Sequence[Panel]:
         _graph(
             "Share of time that devices compute",
             "Seconds of forward passes per second, of each instance. It goes up to the passes that"
-            " run at once: one a GPU; on the CPU one, or two for images above 64 pixels on more"
-            " than one thread of ONNX Runtime. Near that: saturated, add instances. Near 0: idle.",
+            " are under way at once: two a GPU with CUDA graphs, where the second waits for the"
+            " first, else one; on the CPU one, or two for images above 64 pixels on more than one"
+            " thread of ONNX Runtime. Near that: saturated, add instances. Near 0: idle.",
             [
                 (
                     "sum by (instance) (rate(normgate_stage_seconds_sum"

@@ -562,8 +562,7 @@ def test_a_busy_device_gathers_where_it_computes_in_turn() -> None:
         first = batcher.take("cuda:0")
         assert first is not None
         seen: queue.SimpleQueue[Batch[int, int] | None] = queue.SimpleQueue()
-        thread = threading.Thread(target=lambda: seen.put(batcher.take("cuda:0")), daemon=True)
-        thread.start()
+        threading.Thread(target=lambda: seen.put(batcher.take("cuda:0")), daemon=True).start()
         waiting += await requests(batcher, 1)
         await until(lambda: batcher._idle["cuda:0"] == 1)
         assert seen.empty()
@@ -572,11 +571,47 @@ def test_a_busy_device_gathers_where_it_computes_in_turn() -> None:
         assert second is not None
         for batch in (first, second):
             batch.complete(batch.items)
-        third = await asyncio.to_thread(batcher.take, "cuda:0")
+        threading.Thread(target=lambda: seen.put(batcher.take("cuda:0")), daemon=True).start()
+        third = await asyncio.to_thread(seen.get, timeout=DEADLINE_S)
         assert third is not None
         assert (len(second.items), len(third.items)) == (2, 1)
         third.complete(third.items)
         await asyncio.gather(*waiting)
+
+    run(scenario())
+
+
+def test_what_fills_a_gathering_batch_is_not_sent_elsewhere() -> None:
+    """A device that waits for company has it, though a thread of a busy one is idle."""
+
+    async def scenario() -> None:
+        batcher = numbers(
+            max_batch_size=2,
+            batches_of=lambda key, device: 2,
+            computes_in_turn=lambda device: True,
+            max_wait_s=DEADLINE_S,
+        )
+        waiting = [asyncio.ensure_future(batcher.submit("key", [i])) for i in range(2)]
+        await until(lambda: batcher.depth == 2)
+        first = batcher.take("cuda:0")
+        assert first is not None
+        seen: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+
+        def take(device: str) -> None:
+            if batch := batcher.take(device):
+                seen.put((device, len(batch.items)))
+                batch.complete(batch.items)
+
+        for device in ("cuda:1", "cuda:0"):
+            threading.Thread(target=take, args=(device,), daemon=True).start()
+            await until(lambda device=device: batcher._idle[device] == 1)  # type: ignore[misc]
+        waiting.append(asyncio.ensure_future(batcher.submit("key", [2])))
+        await until(lambda: batcher._gathering == 1)
+        waiting.append(asyncio.ensure_future(batcher.submit("key", [3])))
+        assert await asyncio.to_thread(seen.get, timeout=DEADLINE_S) == ("cuda:1", 2)
+        first.complete(first.items)
+        await asyncio.gather(*waiting)
+        batcher.close()
 
     run(scenario())
 

@@ -285,16 +285,16 @@ def test_a_spare_thread_is_kept_off_the_core_of_a_batch(has_tiny_images: bool) -
 
 
 @pytest.mark.parametrize(
-    ("device", "has_tiny_images", "batches", "may_split"),
+    ("device", "has_tiny_images", "batches", "may_split", "in_turn"),
     [
-        ("cpu", True, 1, True),
-        ("cpu", False, 2, False),
-        ("gpu", True, 2, False),
-        ("gpu", False, 2, False),
+        ("cpu", True, 1, True, False),
+        ("cpu", False, 2, False, False),
+        ("gpu", True, 2, False, True),
+        ("gpu", False, 2, False, True),
     ],
 )
 def test_how_batches_share_a_device(
-    device: str, has_tiny_images: bool, batches: int, may_split: bool
+    device: str, has_tiny_images: bool, batches: int, may_split: bool, in_turn: bool
 ) -> None:
     """Those of tiny images share the CPU as parts of one, and a GPU as all others do."""
     detectors = {"cpu": OneDetector(), "gpu": OneDetector()}
@@ -302,7 +302,7 @@ def test_how_batches_share_a_device(
 
     assert batches_of(work, device) == batches
     assert splits(work, device) == may_split
-    assert computes_in_turn(device) == (device != "cpu")
+    assert computes_in_turn(device) == in_turn
 
 
 def test_devices_are_named() -> None:
